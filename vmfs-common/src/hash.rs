@@ -1,0 +1,69 @@
+//! SHA-256 and HMAC-SHA256 with domain separation: every use names its label, and labels are
+//! length-prefixed so that no label is a prefix of another's input.
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use sha2::{Digest as _, Sha256};
+
+use crate::ids::{BLOCK_BYTES, Digest};
+
+const LABEL_PREFIX: &str = "vmfs1/";
+
+fn label_head(label: &'static str) -> [u8; 32] {
+    // Fixed 32 bytes: length, prefix, label, zeros. One SHA-256 block holds it and a digest.
+    let mut head = [0u8; 32];
+    let full = LABEL_PREFIX.len() + label.len();
+    assert!(full < 32, "invariant: labels are short constants");
+    #[expect(clippy::cast_possible_truncation, reason = "checked above to be below 32")]
+    {
+        head[0] = full as u8;
+    }
+    head[1..=LABEL_PREFIX.len()].copy_from_slice(LABEL_PREFIX.as_bytes());
+    head[1 + LABEL_PREFIX.len()..=full].copy_from_slice(label.as_bytes());
+    head
+}
+
+/// `H(label, parts)`: SHA-256 of the 32-byte label block followed by the parts, concatenated.
+#[must_use]
+pub fn hash(label: &'static str, parts: &[&[u8]]) -> Digest {
+    let mut h = Sha256::new();
+    h.update(label_head(label));
+    for p in parts {
+        h.update(p);
+    }
+    Digest::from_bytes(h.finalize().into())
+}
+
+/// `HMAC(key, label ‖ parts)` with the same label block.
+#[must_use]
+pub fn mac(key: &[u8; 32], label: &'static str, parts: &[&[u8]]) -> [u8; 32] {
+    let mut m = Hmac::<Sha256>::new_from_slice(key).expect("invariant: HMAC takes keys of any length");
+    m.update(&label_head(label));
+    for p in parts {
+        m.update(p);
+    }
+    m.finalize().into_bytes().into()
+}
+
+/// Digest of one 4 KiB block: plain SHA-256 of its bytes. An all-zero block has the all-zero
+/// digest, which stands for "no payload".
+///
+/// # Panics
+/// When `block` is not exactly 4 KiB.
+#[must_use]
+pub fn block_digest(block: &[u8]) -> Digest {
+    assert_eq!(block.len(), BLOCK_BYTES, "invariant: payload is whole blocks");
+    if is_zero(block) { Digest::default() } else { Digest::from_bytes(Sha256::digest(block).into()) }
+}
+
+/// True when every byte is zero.
+#[must_use]
+pub fn is_zero(block: &[u8]) -> bool {
+    let mut chunks = block.chunks_exact(64);
+    chunks.by_ref().all(|c| c.iter().fold(0, |a, b| a | b) == 0) && chunks.remainder().iter().all(|b| *b == 0)
+}
+
+/// Equality in constant time.
+#[must_use]
+pub fn same_secret(a: &[u8; 32], b: &[u8; 32]) -> bool {
+    a.iter().zip(b).fold(0u8, |acc, (x, y)| acc | (x ^ y)) == 0
+}
