@@ -15,8 +15,10 @@ fn bad<T>(message: String) -> Result<T, ValueError> {
     Err(ValueError(message))
 }
 
-const SIZE_UNITS: [(&str, u64); 5] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
-const TIME_UNITS_MS: [(&str, u64); 5] = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
+const SIZE_UNITS: [(&str, u64); 5] =
+    [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
+const TIME_UNITS_MS: [(&str, u64); 5] =
+    [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
 
 /// A number of bytes, written `"64MiB"`: a whole number and one of `B`, `KiB`, `MiB`, `GiB`, `TiB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -165,7 +167,9 @@ impl FromStr for HostName {
             return Ok(Self(text.to_owned()));
         }
         let shown: String = text.chars().take(80).collect();
-        bad(format!("{shown:?} is not a host name (1 to {HOST_NAME_BYTES_MAX} of a-z, 0-9 and inner hyphens)"))
+        bad(format!(
+            "{shown:?} is not a host name (1 to {HOST_NAME_BYTES_MAX} of a-z, 0-9 and inner hyphens)"
+        ))
     }
 }
 
@@ -291,7 +295,9 @@ impl FromStr for PathPattern {
             return bad(format!("{shown:?} is not a pattern of 1 to {PATTERN_BYTES_MAX} bytes"));
         }
         if text.starts_with('/') {
-            return bad(format!("{shown:?}: a pattern is for paths inside the mount and has no leading slash"));
+            return bad(format!(
+                "{shown:?}: a pattern is for paths inside the mount and has no leading slash"
+            ));
         }
         Ok(Self(text.to_owned()))
     }
@@ -325,7 +331,18 @@ mod tests {
         assert_eq!(ByteSize(1536).to_string(), "1536B");
         assert_eq!(ByteSize(64 << 20).to_string(), "64MiB");
         assert_eq!("64 MiB".parse::<ByteSize>(), Ok(ByteSize::mib(64)));
-        for bad in ["", "64", "MiB", "64MB", "64mib", "-1B", "1.5GiB", "64MiB ", "99999999999TiB", "18446744073709551616B"] {
+        for bad in [
+            "",
+            "64",
+            "MiB",
+            "64MB",
+            "64mib",
+            "-1B",
+            "1.5GiB",
+            "64MiB ",
+            "99999999999TiB",
+            "18446744073709551616B",
+        ] {
             assert!(bad.parse::<ByteSize>().is_err(), "{bad}");
         }
     }
