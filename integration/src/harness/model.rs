@@ -66,10 +66,19 @@ impl NumberedWrites {
     /// to the last begun. Returns k and forgets the writes after it.
     #[track_caller]
     pub fn assert_prefix(&mut self, file: &File) -> usize {
+        let k = self.assert_some_prefix(file);
+        assert!(k >= self.flushed, "only {k} writes are there, but {} were flushed", self.flushed);
+        self.places.truncate(k + 1);
+        k
+    }
+
+    /// Panics unless `file` is exactly the state after the first k writes, for some k up to the last begun,
+    /// flushed or not: what a replica may show. Returns k.
+    #[track_caller]
+    pub fn assert_some_prefix(&self, file: &File) -> usize {
         let found: Vec<usize> = (0..self.block_count).map(|b| self.number_at(file, b)).collect();
-        // Writes after the flush can be lost only from the end: the newest one found dates the state,
-        // or the last flush does when nothing later is there.
-        let k = found.iter().copied().max().unwrap_or(0).max(self.flushed);
+        // Writes can be missing only from the end: the newest one found dates the state.
+        let k = found.iter().copied().max().unwrap_or(0);
         let mut expected = vec![0; found.len()];
         for (number, &place) in self.places.iter().enumerate().take(k + 1).skip(1) {
             expected[usize::try_from(place).expect("invariant: fewer blocks than memory")] = number;
@@ -81,7 +90,6 @@ impl NumberedWrites {
                 self.flushed
             );
         }
-        self.places.truncate(k + 1);
         k
     }
 
