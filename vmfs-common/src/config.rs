@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use crate::policy::{Acks, ImagePolicy, MEMBERS_MAX, OnQuorumLoss};
 
 pub use units::{
-    ByteSize, HOST_NAME_BYTES_MAX, HostName, PATTERN_BYTES_MAX, PathPattern, PeerAddress, TimeSpan, ValueError,
+    ByteSize, HOST_NAME_BYTES_MAX, HostName, PATTERN_BYTES_MAX, PathPattern, PeerAddress, TimeSpan,
+    ValueError,
 };
 
 /// Where the control socket is unless the configuration or the command line says otherwise.
@@ -285,14 +286,20 @@ impl Config {
     /// When a path is not UTF-8: TOML cannot say it. Callers check that first.
     #[must_use]
     pub fn to_toml(&self) -> String {
-        toml::to_string(self).expect("invariant: callers check that the paths are UTF-8, the rest is text and numbers")
+        toml::to_string(self)
+            .expect("invariant: callers check that the paths are UTF-8, the rest is text and numbers")
     }
 
     /// Takes relative paths from `base`, the directory of the file.
     pub fn resolve(&mut self, base: &Path) {
         let identity = &mut self.identity;
-        let mut paths =
-            vec![&mut self.store.dir, &mut identity.cert, &mut identity.key, &mut identity.ca, &mut self.control.socket];
+        let mut paths = vec![
+            &mut self.store.dir,
+            &mut identity.cert,
+            &mut identity.key,
+            &mut identity.ca,
+            &mut self.control.socket,
+        ];
         paths.extend(self.mount.as_mut().map(|m| &mut m.point));
         for path in paths {
             *path = base.join(&*path);
@@ -308,7 +315,12 @@ impl Config {
     fn check(&self) -> Result<(), ConfigError> {
         let r = &self.replication;
         range("replication.lease", r.lease, TimeSpan::from_millis(200), TimeSpan::from_secs(60))?;
-        range("replication.stall_timeout", r.stall_timeout, TimeSpan::from_secs(1), TimeSpan::from_secs(30 * 86_400))?;
+        range(
+            "replication.stall_timeout",
+            r.stall_timeout,
+            TimeSpan::from_secs(1),
+            TimeSpan::from_secs(30 * 86_400),
+        )?;
         range("replication.ring", r.ring, ByteSize::mib(4), ByteSize::mib(4096))?;
         range("replication.max_lag", r.max_lag, ByteSize::mib(4), ByteSize::mib(1 << 20))?;
         range("store.segment_size", self.store.segment_size, ByteSize::mib(4), ByteSize::mib(1024))?;
