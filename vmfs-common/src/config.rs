@@ -71,7 +71,7 @@ pub struct Config {
     /// Replication.
     #[serde(default)]
     pub replication: ReplicationConfig,
-    /// Addresses of other hosts, by name.
+    /// Addresses of other hosts, by name, in place of those that they announce themselves.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub peers: BTreeMap<HostName, PeerAddress>,
     /// Rules for new images; the first whose pattern matches counts.
@@ -119,11 +119,14 @@ pub struct MountConfig {
 pub struct NetworkConfig {
     /// UDP address to listen on.
     pub listen: SocketAddr,
+    /// Address that this host tells the others to reach it at; absent: the one it listens on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<PeerAddress>,
 }
 
 impl Default for NetworkConfig {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)) }
+        Self { listen: SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)), advertise: None }
     }
 }
 
@@ -131,12 +134,8 @@ impl Default for NetworkConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct IdentityConfig {
-    /// This host's certificate, PEM.
-    pub cert: PathBuf,
-    /// Its private key, PEM, mode 0600.
-    pub key: PathBuf,
-    /// The datastore's CA certificate, PEM.
-    pub ca: PathBuf,
+    /// Directory with this host's key and certificate, the CA's certificate and the known hosts.
+    pub dir: PathBuf,
 }
 
 /// `[control]`
@@ -145,6 +144,9 @@ pub struct IdentityConfig {
 pub struct ControlConfig {
     /// Unix socket of the control API.
     pub socket: PathBuf,
+    /// File that holds the daemon's process id, locked while it runs; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid_file: Option<PathBuf>,
     /// TCP address that serves `GET /metrics` and nothing else; absent: only the socket does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<SocketAddr>,
@@ -152,7 +154,7 @@ pub struct ControlConfig {
 
 impl Default for ControlConfig {
     fn default() -> Self {
-        Self { socket: PathBuf::from(DEFAULT_SOCKET), metrics_listen: None }
+        Self { socket: PathBuf::from(DEFAULT_SOCKET), pid_file: None, metrics_listen: None }
     }
 }
 
@@ -185,7 +187,7 @@ impl Default for ReplicationConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected \"all\", a number of hosts, or a list of host names")]
 pub enum Replicas {
-    /// Every host of `[peers]`.
+    /// Every other host of the datastore.
     All(AllWord),
     /// So many of them.
     Count(u8),
@@ -228,8 +230,8 @@ pub struct PolicyRule {
 }
 
 impl PolicyRule {
-    /// The rule for paths that no pattern matches: a copy on every host of `[peers]`, flushes wait for
-    /// a majority and stall without one.
+    /// The rule for paths that no pattern matches: a copy on every host of the datastore, flushes
+    /// wait for a majority and stall without one.
     #[must_use]
     pub fn fallback() -> Self {
         Self {
@@ -292,15 +294,9 @@ impl Config {
 
     /// Takes relative paths from `base`, the directory of the file.
     pub fn resolve(&mut self, base: &Path) {
-        let identity = &mut self.identity;
-        let mut paths = vec![
-            &mut self.store.dir,
-            &mut identity.cert,
-            &mut identity.key,
-            &mut identity.ca,
-            &mut self.control.socket,
-        ];
+        let mut paths = vec![&mut self.store.dir, &mut self.identity.dir, &mut self.control.socket];
         paths.extend(self.mount.as_mut().map(|m| &mut m.point));
+        paths.extend(self.control.pid_file.as_mut());
         for path in paths {
             *path = base.join(&*path);
         }
@@ -356,9 +352,6 @@ impl Config {
             }
             if !seen.insert(host) {
                 return key(&name, format!("{host} is named twice"));
-            }
-            if !self.peers.contains_key(host) {
-                return key(&name, format!("{host} is not in [peers]"));
             }
         }
         if seen.len() > MEMBERS_MAX {

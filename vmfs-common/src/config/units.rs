@@ -132,11 +132,11 @@ fn parse_exact(text: &str, units: &[(&str, u64)], wanted: &str) -> Result<u64, V
     }
 }
 
-/// Longest name of a host in bytes (one DNS label).
+/// Longest name of a host in bytes.
 pub const HOST_NAME_BYTES_MAX: usize = 63;
 
-/// The name of a host: lower-case letters, digits and inner hyphens, as in a DNS label. It is also in
-/// the host's certificate.
+/// The name of a host, as in its certificate: letters, digits, `-`, `_` and `.`, the first one a letter
+/// or a digit.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HostName(String);
 
@@ -157,13 +157,9 @@ impl fmt::Display for HostName {
 impl FromStr for HostName {
     type Err = ValueError;
     fn from_str(text: &str) -> Result<Self, ValueError> {
-        let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        let edge = |b: Option<u8>| b.is_some_and(|b| b != b'-');
-        if text.len() <= HOST_NAME_BYTES_MAX
-            && text.bytes().all(inner)
-            && edge(text.bytes().next())
-            && edge(text.bytes().last())
-        {
+        let inner = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+        let sound = text.bytes().all(inner) && text.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if sound && text.len() <= HOST_NAME_BYTES_MAX {
             return Ok(Self(text.to_owned()));
         }
         let shown: String = text.chars().take(80).collect();
@@ -373,11 +369,11 @@ mod tests {
     }
 
     #[test]
-    fn host_names_are_dns_labels() {
-        for good in ["a", "host-1", "0", &"x".repeat(63)] {
+    fn host_names_are_checked() {
+        for good in ["a", "host-1", "0", "A.b_c", &"x".repeat(63)] {
             assert!(good.parse::<HostName>().is_ok(), "{good}");
         }
-        for bad in ["", "-a", "a-", "A", "a.b", "ä", "a/b", "..", &"x".repeat(64)] {
+        for bad in ["", "-a", ".a", "_a", "ä", "a/b", "..", "a b", &"x".repeat(64)] {
             assert!(bad.parse::<HostName>().is_err(), "{bad}");
         }
     }

@@ -139,12 +139,12 @@ pub struct MemberStatus {
     pub role: ImageRole,
     /// How far it is.
     pub state: MemberState,
-    /// Last update it has; absent when nothing was heard of it.
-    pub seq: Option<u64>,
-    /// Last update it has on stable storage; absent when nothing was heard of it.
-    pub durable_seq: Option<u64>,
-    /// Bytes of updates it does not have yet; absent when nothing was heard of it.
-    pub lag_bytes: Option<u64>,
+    /// Last update it is known to have; 0 when nothing was heard of it.
+    pub seq: u64,
+    /// Last update it is known to have on stable storage; 0 when nothing was heard of it.
+    pub durable_seq: u64,
+    /// Bytes of updates (payload and headers) after `seq` that it is not known to have.
+    pub lag_bytes: u64,
 }
 
 macro_rules! words {
