@@ -1,3 +1,25 @@
-//! The log-structured image store: segments, block map, checkpoints, recovery. Sync, no network.
+//! The log-structured image store: segments, block map, checkpoints, recovery. Sync, no network,
+//! no clock, no randomness.
+//!
+//! A [`Store`] is one directory (a [`disk::Disk`]) of one host; it holds an [`ImageStore`] per
+//! image: a log of updates in segments, and a block map that is a cache of the log. Bytes are
+//! specified in `docs/disk-format.md`.
 
+mod config;
 pub mod disk;
+mod error;
+mod fork;
+mod image;
+mod import;
+mod store;
+mod verify;
+mod view;
+
+pub use config::StoreConfig;
+pub use error::StoreError;
+pub use fork::ForkInfo;
+pub use image::{ImageStore, LogEntry, Reservation, Space};
+pub use import::Import;
+pub use store::Store;
+pub use verify::VerifyReport;
+pub use view::{MERKLE_FANOUT, MERKLE_ROOT_LEVEL, View};
