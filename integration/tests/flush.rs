@@ -1,5 +1,7 @@
 //! Promise 1 with one machine's crash: what fsync confirmed is there after SIGKILL and restart.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;

@@ -1,6 +1,8 @@
 //! The heart of CI: a guest journals through one host's mount, the host dies, another takes over, and
 //! nothing that the guest was told to be durable is missing.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::time::{Duration, Instant};
 
 use integration::harness::guest::{self, GuestSpec, Journal, Kit};

@@ -1,5 +1,7 @@
 //! Planned change of owner: repeatedly, in both directions, with a short pause and nothing lost.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,5 +1,7 @@
 //! Promotion with and without a quorum, and what the command line says about it.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;

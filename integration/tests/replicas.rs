@@ -1,6 +1,8 @@
 //! Promise 7 and the ends of all roads of section 8: a replica that was killed, frozen, cut off, or added
 //! late ends byte-identical by itself, and the guest does not notice.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::time::{Duration, Instant};
 
 use integration::harness::guest::{self, Guest, GuestSpec, Journal};

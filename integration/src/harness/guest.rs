@@ -241,9 +241,7 @@ impl Guest {
     /// The last record that the guest knows to be durable; -1 for none. Counts whole lines only.
     #[must_use]
     pub fn acked(&self) -> i64 {
-        let text = self.console_text();
-        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        whole.lines().rev().find_map(|l| l.strip_prefix("ACK ")?.parse().ok()).unwrap_or(-1)
+        last_acked(&self.console_text())
     }
 
     /// Waits until the guest has acknowledged record `n`; panics when the guest ends or reports an error.
@@ -306,6 +304,13 @@ impl Drop for Guest {
     fn drop(&mut self) {
         self.kill9();
     }
+}
+
+/// The last record that this console says is durable; -1 for none. Counts whole lines only.
+#[must_use]
+pub fn last_acked(console: &str) -> i64 {
+    let whole = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().rev().find_map(|l| l.strip_prefix("ACK ")?.parse().ok()).unwrap_or(-1)
 }
 
 /// Makes a raw image of `bytes` bytes for a journal: empty, or with an ext4 on it.

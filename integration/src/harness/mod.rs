@@ -7,6 +7,7 @@ pub mod bytes;
 pub mod cluster;
 pub mod command;
 pub mod guest;
+pub mod lab;
 pub mod model;
 pub mod network;
 pub mod place;

@@ -1,5 +1,6 @@
 //! Where the tests of foreign tools work: a new cluster's mount, or any directory.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use super::cluster::Cluster;
@@ -24,6 +25,7 @@ impl Place {
             let unique = reaper.dir().file_name().expect("invariant: the reaper's directory has a name");
             let mount = Path::new(&base).join(unique);
             std::fs::create_dir(&mount).unwrap_or_else(|e| panic!("{}: {e}", mount.display()));
+            std::fs::set_permissions(&mount, std::fs::Permissions::from_mode(0o755)).expect("it is ours");
             let mut reaper = reaper;
             reaper.at_end(&format!("rm -rf --one-file-system '{}'", mount.display()));
             return Self { mount, scratch: reaper.dir().to_owned(), cluster: None, reaper: Some(reaper) };

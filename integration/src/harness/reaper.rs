@@ -6,6 +6,7 @@
 //! what to end, and it is unique to the test.
 
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -53,6 +54,9 @@ impl Reaper {
             .tempdir()
             .expect("a scratch directory can be made below TMPDIR")
             .keep();
+        // QEMU under libvirt runs as a user of its own and has to get to the mounts.
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755))
+            .expect("the directory is ours");
         let mut command = Command::new("bash");
         command
             .args(["-c", SCRIPT])
