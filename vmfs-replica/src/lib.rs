@@ -1,3 +1,6 @@
 //! placeholder
 
 pub mod api;
+pub mod config_file;
+pub mod pid_file;
+pub mod sd_notify;

@@ -7,6 +7,7 @@
 //! The client is in `vmfs-cli`: the daemons never talk to each other this way.
 
 pub mod error;
+pub mod metrics;
 pub mod progress;
 pub mod server;
 pub mod types;
@@ -15,6 +16,7 @@ use std::future::Future;
 use std::pin::Pin;
 
 pub use error::{ApiError, ErrorCode};
+pub use metrics::MetricsServer;
 pub use progress::{Progress, ProgressEvent, StreamLine, Unit};
 pub use server::{ControlServer, ServerError};
 pub use types::{

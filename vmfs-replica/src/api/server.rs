@@ -23,6 +23,7 @@ use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::mpsc;
 
 use super::error::ApiError;
+use super::metrics::metrics;
 use super::progress::{Progress, StreamLine};
 use super::types::{
     ForkDropRequest, HandoverRequest, HostRemoveRequest, ImageRequest, InviteRequest, PolicySetRequest,
@@ -298,11 +299,6 @@ async fn host_remove(State(control): Shared, payload: Payload) -> Result<Respons
     Ok(Json(control.host_remove(request).await?).into_response())
 }
 
-async fn metrics(State(control): Shared) -> Result<Response, ApiError> {
-    let text = control.metrics().await?;
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
-}
-
 async fn promote(State(control): Shared, payload: Payload) -> Result<Response, ApiError> {
     let mut request: PromoteRequest = parse(payload)?;
     request.image = image_path(&request.image)?;
@@ -383,6 +379,9 @@ where
                 () = lines.closed(), if on_disconnect == OnDisconnect::Cancel => return,
             }
         };
+        while let Ok(event) = events.try_recv() {
+            let _ = lines.try_send(line(&StreamLine::<T>::Progress(event)));
+        }
         let last = match result {
             Ok(done) => StreamLine::Done(done),
             Err(error) => StreamLine::Error(error),

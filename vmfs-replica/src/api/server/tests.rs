@@ -196,6 +196,23 @@ async fn socket_is_for_its_owner_only_and_goes_away() {
 }
 
 #[tokio::test]
+async fn metrics_address_serves_metrics_and_nothing_else() {
+    let rig = Rig::start("metrics");
+    let server = crate::api::MetricsServer::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
+    let address = server.address().unwrap();
+    let serving = tokio::spawn(server.serve(rig.control.clone(), std::future::pending()));
+    for (path, expected) in [("/metrics", "HTTP/1.0 200"), ("/v1/status", "HTTP/1.0 404")] {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with(expected), "{answer}");
+    }
+    serving.abort();
+    rig.end().await;
+}
+
+#[tokio::test]
 async fn socket_in_use_is_left_alone_and_a_stale_one_is_replaced() {
     let rig = Rig::start("stale");
     assert!(matches!(ControlServer::bind(&rig.socket), Err(ServerError::InUse(_))));
