@@ -2,8 +2,15 @@
 //! ([`crate::disk::FileDisk`]); the tests' one loses unsynced writes, tears sectors, flips bits,
 //! fails calls and fills up.
 
+use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, FlockOperation};
+
+use crate::error::{IoContext as _, StoreError};
 
 /// A directory tree that holds a store's files. Names are relative, `/`-separated, without `..`.
 pub trait Disk: Send + Sync {
@@ -36,4 +43,141 @@ pub trait DiskFile: Send + Sync {
     fn allocate(&self, len_bytes: u64) -> io::Result<()>;
     /// Cuts or extends the file.
     fn set_len(&self, len_bytes: u64) -> io::Result<()>;
+}
+
+/// The real disk: files below one directory, all of mode 0600 in directories of mode 0700.
+/// Holds the directory's lock until dropped.
+#[derive(Debug)]
+pub struct FileDisk {
+    root: PathBuf,
+    _lock: File,
+}
+
+impl FileDisk {
+    /// Makes the directory when it is missing, and locks it.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`] when another process has the lock, or what the file system says.
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        let what = || format!("store {}", root.display());
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(root).during(what)?;
+        let path = root.join("lock");
+        let lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .during(what)?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self { root: root.to_path_buf(), _lock: lock }),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                Err(StoreError::InUse { path: root.display().to_string() })
+            }
+            Err(e) => Err(io::Error::from(e)).during(what),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+}
+
+impl Disk for FileDisk {
+    fn open(&self, name: &str, create: bool) -> io::Result<Arc<dyn DiskFile>> {
+        let path = self.path(name);
+        let open =
+            || OpenOptions::new().read(true).write(true).create(create).truncate(false).mode(0o600).open(&path);
+        let file = match (open(), path.parent()) {
+            (Err(e), Some(parent)) if create && e.kind() == io::ErrorKind::NotFound => {
+                fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+                File::open(&self.root)?.sync_all()?;
+                open()?
+            }
+            (other, _) => other?,
+        };
+        Ok(Arc::new(RealFile(file)))
+    }
+    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        let entries = match fs::read_dir(self.path(dir)) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(e),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                names.extend(entry.file_name().into_string());
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.path(from), self.path(to))
+    }
+    fn remove(&self, name: &str) -> io::Result<()> {
+        match fs::remove_file(self.path(name)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+    fn sync_names(&self, dir: &str) -> io::Result<()> {
+        match File::open(self.path(dir)) {
+            Ok(d) => d.sync_all(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+    fn free_bytes(&self) -> io::Result<u64> {
+        let s = rustix::fs::statvfs(&self.root)?;
+        Ok(s.f_bavail.saturating_mul(s.f_frsize))
+    }
+}
+
+struct RealFile(File);
+
+impl DiskFile for RealFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.0.read_at(&mut buf[done..], offset + done as u64) {
+                Ok(0) => {
+                    buf[done..].fill(0);
+                    return Ok(());
+                }
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_all_at(buf, offset)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+    fn allocate(&self, len_bytes: u64) -> io::Result<()> {
+        loop {
+            match rustix::fs::fallocate(&self.0, FallocateFlags::empty(), 0, len_bytes) {
+                Err(rustix::io::Errno::INTR) => {}
+                // Without fallocate, space is taken when it is written.
+                Err(rustix::io::Errno::OPNOTSUPP) if self.len_bytes()? < len_bytes => {
+                    return self.0.set_len(len_bytes);
+                }
+                Err(rustix::io::Errno::OPNOTSUPP) => return Ok(()),
+                other => return Ok(other?),
+            }
+        }
+    }
+    fn set_len(&self, len_bytes: u64) -> io::Result<()> {
+        self.0.set_len(len_bytes)
+    }
 }

@@ -11,6 +11,7 @@ mod error;
 mod fork;
 mod image;
 mod import;
+pub mod simdisk;
 mod store;
 mod verify;
 mod view;
