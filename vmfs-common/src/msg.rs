@@ -7,14 +7,17 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::chain::Refusal;
 use crate::codec::CodecError;
 use crate::election::{Proposal, Vote};
-use crate::ids::{Digest, Epoch, Head, Seq, StoreId};
+use crate::ids::{Epoch, Head, Seq, StoreId};
+use crate::policy::MemberRole;
 
 /// Longest control message, in bytes.
 pub const MESSAGE_MAX_BYTES: usize = 256 << 10;
 /// Most epoch marks in a [`Join`].
 pub const MARKS_MAX: usize = 128;
-/// Most digests in one [`ImageMsg::Headers`].
-pub const HEADERS_MAX: usize = 4096;
+/// Most headers in one [`ImageMsg::Headers`].
+pub const HEADERS_MAX: usize = 1024;
+/// Most bytes of headers in one [`ImageMsg::Headers`] (always room for one).
+pub const HEADERS_MAX_BYTES: usize = 128 << 10;
 
 const fn bincode_config() -> impl bincode::config::Config {
     bincode::config::standard().with_little_endian().with_fixed_int_encoding().with_limit::<MESSAGE_MAX_BYTES>()
@@ -74,6 +77,12 @@ pub enum VoteRefusal {
     /// Its store has failed.
     #[error("its store has failed")]
     StoreFailed,
+    /// The candidate restarts, but a later epoch has another owner: only an operator may move it.
+    #[error("another host has owned the image since")]
+    NotOwner(Epoch),
+    /// Its copy is on a separate lineage that an operator forced.
+    #[error("its copy is on a forced lineage")]
+    OtherLineage,
 }
 
 /// One epoch in a [`Join`]: where it began and on what.
@@ -137,12 +146,12 @@ pub enum ImageMsg {
         /// Continue after this seq; zero: find the common ancestor first.
         after: Seq,
     },
-    /// Digests of consecutive updates after `parent`.
+    /// Complete headers of consecutive updates after `parent`: the candidate hashes them forward.
     Headers {
-        /// The update before the first.
+        /// The update before the first: common to both, in the first message of an answer.
         parent: Head,
-        /// At most [`HEADERS_MAX`].
-        digests: Vec<Digest>,
+        /// At least one and at most [`HEADERS_MAX`], [`HEADERS_MAX_BYTES`] together.
+        headers: Vec<Vec<u8>>,
         /// The head asked for.
         upto: Head,
     },
@@ -170,6 +179,10 @@ pub enum ImageMsg {
         start: Head,
         /// Where the owner's log starts.
         log_start: Seq,
+        /// The `EpochStart` update's header: its certificate is checked before anything is rolled back.
+        certificate: Vec<u8>,
+        /// What the member is to keep.
+        role: MemberRole,
     },
     /// Member to owner.
     Join(Join),
