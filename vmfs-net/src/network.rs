@@ -317,7 +317,8 @@ impl Network {
         Ok(self.shared.directory.remove(&ca, host)?)
     }
 
-    /// Ends every connection and closes the socket. Peers learn of it at once.
+    /// Ends every connection; peers learn of it at once. The socket goes with the last clone, stream
+    /// and reader.
     pub async fn shutdown(&self) {
         self.shared.stop.send_replace(true);
         let endpoint = &self.shared.transport.endpoint;
