@@ -54,6 +54,16 @@ impl Lab {
         self.try_virsh(args).ok().stdout
     }
 
+    /// Runs any command in the host, with more of an environment, however it ends.
+    #[must_use]
+    pub fn try_in(&self, env: &[(&str, &str)], args: &[&str]) -> Ran {
+        let mut words = vec!["in", HOST];
+        words.extend(args);
+        let mut command = self.script(&words);
+        command.envs(env.iter().copied());
+        try_run(command)
+    }
+
     /// The XML of a domain that runs the journal guest on `image`, in a file.
     #[must_use]
     pub fn domain_xml(&self, name: &str, image: &str, options: &[&str]) -> PathBuf {

@@ -18,7 +18,7 @@ pub mod status;
 pub mod wait;
 
 pub use cluster::Cluster;
-pub use command::{Ran, run, try_run};
+pub use command::{Ran, bash, run, try_run};
 pub use guest::{Guest, GuestSpec, Journal};
 pub use place::Place;
 pub use wait::{until, until_true};

@@ -21,17 +21,24 @@ impl Place {
     #[must_use]
     pub fn new(name: &str) -> Self {
         if let Some(base) = std::env::var_os("VMFS_TEST_MOUNT") {
-            let reaper = Reaper::new(name);
-            let unique = reaper.dir().file_name().expect("invariant: the reaper's directory has a name");
-            let mount = Path::new(&base).join(unique);
-            std::fs::create_dir(&mount).unwrap_or_else(|e| panic!("{}: {e}", mount.display()));
-            std::fs::set_permissions(&mount, std::fs::Permissions::from_mode(0o755)).expect("it is ours");
-            let mut reaper = reaper;
-            reaper.at_end(&format!("rm -rf --one-file-system '{}'", mount.display()));
-            return Self { mount, scratch: reaper.dir().to_owned(), cluster: None, reaper: Some(reaper) };
+            return Self::plain(name, Path::new(&base));
         }
         let cluster = Cluster::start(name);
         Self { mount: cluster.mnt("a"), scratch: cluster.scratch(), cluster: Some(cluster), reaper: None }
+    }
+
+    /// A plain directory below `base`, for tests that need no mount.
+    #[must_use]
+    pub fn plain(name: &str, base: &Path) -> Self {
+        let mut reaper = Reaper::new(name);
+        let unique = reaper.dir().file_name().expect("invariant: the reaper's directory has a name");
+        let mount = base.join(unique).join("plain");
+        std::fs::create_dir_all(&mount).unwrap_or_else(|e| panic!("{}: {e}", mount.display()));
+        for dir in [&mount, &base.join(unique)] {
+            std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)).expect("it is ours");
+        }
+        reaper.at_end(&format!("rm -rf --one-file-system '{}'", base.join(unique).display()));
+        Self { mount, scratch: reaper.dir().to_owned(), cluster: None, reaper: Some(reaper) }
     }
 
     /// The directory under test.
