@@ -84,6 +84,8 @@ impl Launch {
 pub struct Cluster {
     dir: PathBuf,
     hosts: Vec<String>,
+    /// Hosts without a mount, which hold no data.
+    witnesses: Vec<String>,
     launches: BTreeMap<String, Launch>,
     network: Option<Network>,
     launcher: Vec<String>,
@@ -107,16 +109,51 @@ impl Cluster {
     /// `vmfs up` with the first `host_count` hosts of a, b, c, ...
     #[must_use]
     pub fn start_with(name: &str, host_count: usize, own_network: bool) -> Self {
+        let hosts: Vec<_> = ('a'..='z').take(host_count).map(String::from).collect();
+        let hosts: Vec<_> = hosts.iter().map(String::as_str).collect();
+        let mut cluster = Self::empty(name, &hosts, &[], own_network);
+        cluster.up();
+        cluster
+    }
+
+    /// A cluster of hosts that the test enrols and starts itself, with [`Self::run_daemon`].
+    ///
+    /// Their files are to lie where `vmfs up` puts them; `witnesses` are those of `hosts` without a mount.
+    #[must_use]
+    pub fn empty(name: &str, hosts: &[&str], witnesses: &[&str], own_network: bool) -> Self {
         assert!(Path::new("/dev/fuse").exists(), "these tests need /dev/fuse");
         assert!(rustix::process::geteuid().is_root(), "these tests need to run as root");
         let mut reaper = Reaper::new(name);
         let dir = reaper.dir().join("vs");
-        let hosts = ('a'..='z').take(host_count).map(String::from).collect();
         let network = own_network.then(|| Network::new(&mut reaper));
         let launcher = network.as_ref().map(Network::launcher).unwrap_or_default();
-        let mut cluster = Self { dir, hosts, launches: BTreeMap::new(), network, launcher, reaper };
-        cluster.up();
-        cluster
+        let owned = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect();
+        let (hosts, witnesses) = (owned(hosts), owned(witnesses));
+        Self { dir, hosts, witnesses, launches: BTreeMap::new(), network, launcher, reaper }
+    }
+
+    /// Starts `program` (`vmfs-fuse` or `vmfs-replica`) for `host` as a service manager does, and waits until
+    /// it says that it is ready.
+    pub fn run_daemon(&mut self, host: &str, program: &str) {
+        let notify_path = self.reaper.dir().join(format!("{host}.notify"));
+        let notify =
+            std::os::unix::net::UnixDatagram::bind(&notify_path).expect("the scratch directory is ours");
+        notify.set_read_timeout(Some(secs(20))).expect("a socket takes a timeout");
+        let mut env: Vec<_> = std::env::vars().collect();
+        env.push(("NOTIFY_SOCKET".into(), path_text(&notify_path)));
+        let config = path_text(&self.dir.join(host).join("vmfs.toml"));
+        let argv = vec![program.to_owned(), "--config".into(), config];
+        let program = vmfs_binary().to_owned();
+        self.launches.insert(host.to_owned(), Launch { program, argv, env, cwd: "/".into() });
+        self.spawn(host);
+        let mut message = [0; 4096];
+        loop {
+            let n = notify.recv(&mut message).unwrap_or_else(|e| panic!("{host} never said READY=1: {e}"));
+            if String::from_utf8_lossy(&message[..n]).lines().any(|l| l == "READY=1") {
+                break;
+            }
+        }
+        std::fs::remove_file(notify_path).expect("it is there");
     }
 
     /// `vmfs up --detach` on this cluster's directory; returns when it did.
@@ -277,6 +314,17 @@ impl Cluster {
 
     /// Starts `host`'s daemon again, as `vmfs up` had started it, and waits until it answers.
     pub fn restart(&self, host: &str) {
+        self.spawn(host);
+        until(&format!("{host} answers after its restart"), secs(20), || {
+            self.live_pid(host)?;
+            self.vmfs(host, &["status", "--json"]).status.success().then_some(())
+        });
+        until_true(&format!("{host} is mounted after its restart"), secs(10), || {
+            self.witnesses.iter().any(|w| w == host) || bytes::is_mounted(&self.mnt(host))
+        });
+    }
+
+    fn spawn(&self, host: &str) {
         let launch = &self.launches[host];
         let log = std::fs::File::options()
             .append(true)
@@ -298,13 +346,6 @@ impl Cluster {
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be shared")).stderr(log);
         let mut child = command.process_group(0).spawn().expect("the daemon can be started");
         std::thread::spawn(move || child.wait());
-        until(&format!("{host} answers after its restart"), secs(20), || {
-            self.live_pid(host)?;
-            self.vmfs(host, &["status", "--json"]).status.success().then_some(())
-        });
-        until_true(&format!("{host} is mounted after its restart"), secs(10), || {
-            bytes::is_mounted(&self.mnt(host))
-        });
     }
 
     /// Waits, with `vmfs wait` at its owner, until every copy of `image` is in sync.
@@ -328,7 +369,7 @@ impl Cluster {
     pub fn assert_copies_identical(&self, image: &str) {
         self.wait_in_sync(image);
         let first = self.file(&self.hosts[0], image);
-        for host in &self.hosts {
+        for host in self.hosts.iter().filter(|h| !self.witnesses.contains(h)) {
             self.wait_visible(host, image);
             bytes::assert_same(&first, &self.file(host, image));
             let _ = self.vmfs(host, &["verify", image, "--deep"]).ok();
