@@ -101,7 +101,7 @@ fn full_disk_at_a_replica_parks_it_visibly_until_space_returns() {
     file.sync_all().unwrap();
     let parked = until("the owner shows that c is behind", secs(60), || {
         let image = cluster.image("a", "big")?;
-        image.members.into_iter().find(|m| m.host == "c" && m.state != "ok")
+        image.members.into_iter().find(|m| m.host == "c" && m.state != "in-sync")
     });
     println!("{parked:?}");
     assert!(parked.lag_bytes > 0);
@@ -117,7 +117,7 @@ fn full_disk_at_a_replica_parks_it_visibly_until_space_returns() {
     );
     until("c has caught up", secs(120), || {
         let image = cluster.image("a", "big")?;
-        image.members.into_iter().find(|m| m.host == "c" && m.state == "ok")
+        image.members.into_iter().find(|m| m.host == "c" && m.state == "in-sync")
     });
     cluster.assert_copies_identical("big");
 }

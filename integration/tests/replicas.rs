@@ -56,7 +56,7 @@ impl Running {
 fn assert_catches_up(cluster: &Cluster, host: &str) {
     until(&format!("{host} has caught up"), secs(60), || {
         let image = cluster.image("a", IMAGE)?;
-        image.members.iter().find(|m| m.host == host && m.state == "ok").map(drop)
+        image.members.iter().find(|m| m.host == host && m.state == "in-sync").map(drop)
     });
 }
 

@@ -152,7 +152,7 @@ fn json_output_keeps_its_contract() {
     let members: Vec<_> = image.members.iter().map(|m| m.host.as_str()).collect();
     assert_eq!(members.len(), 3, "{members:?}");
     for member in &image.members {
-        assert_eq!((member.state.as_str(), member.lag_bytes), ("ok", 0), "{member:?}");
+        assert_eq!((member.state.as_str(), member.lag_bytes), ("in-sync", 0), "{member:?}");
         assert!(member.durable_seq <= member.seq);
     }
     assert_eq!(cluster.image("b", "x").unwrap().role, "replica");
