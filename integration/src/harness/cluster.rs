@@ -74,7 +74,8 @@ impl Launch {
             std::fs::read_link(proc.join(file)).unwrap_or_else(|e| panic!("daemon {pid}: {file}: {e}"))
         };
         let env = words("environ");
-        let env = env.iter().filter_map(|e| e.split_once('=')).map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let env = env.iter().filter_map(|e| e.split_once('=')).filter(|(k, _)| *k != "NOTIFY_SOCKET");
+        let env = env.map(|(k, v)| (k.to_owned(), v.to_owned()));
         Self { program: link("exe"), argv: words("cmdline"), env: env.collect(), cwd: link("cwd") }
     }
 }
