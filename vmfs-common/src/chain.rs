@@ -17,7 +17,9 @@ use crate::op::Op;
 const SEAL_LABEL: &str = "vmfs1/seal";
 
 /// Why a copy does not take an update. Counted by kind in status.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, thiserror::Error)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, thiserror::Error,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Refusal {
     /// Not a canonical header.
@@ -68,6 +70,9 @@ pub enum Refusal {
     /// The operation is not allowed here.
     #[error("operation not allowed")]
     NotAllowed,
+    /// The copy's store has no space for it: tried again later.
+    #[error("no space")]
+    NoSpace,
 }
 
 /// What a copy must remember of its head to judge the next update.
@@ -188,11 +193,7 @@ impl EpochSecret {
         hash("secret", &[&self.0])
     }
     fn first_private(&self, image: ImageId, epoch: Epoch) -> [u8; 32] {
-        mac(
-            &self.0,
-            "priv0",
-            &[image.as_bytes(), &epoch.number.to_le_bytes(), epoch.host.as_bytes()],
-        )
+        mac(&self.0, "priv0", &[image.as_bytes(), &epoch.number.to_le_bytes(), epoch.host.as_bytes()])
     }
     fn next_private(&self, previous: &[u8; 32], body: &Digest) -> [u8; 32] {
         mac(&self.0, "priv", &[previous, body.as_bytes()])

@@ -2,5 +2,6 @@
 
 pub mod api;
 pub mod config_file;
+pub mod node;
 pub mod pid_file;
 pub mod sd_notify;

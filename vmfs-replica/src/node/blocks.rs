@@ -42,7 +42,8 @@ pub(crate) fn hash_blocks(start: BlockIndex, data: &[u8]) -> Content {
 /// True when `payload` is exactly the blocks that the digests describe.
 pub(crate) fn payload_matches(digests: &[Digest], payload: &[u8]) -> bool {
     let mut blocks = payload.chunks_exact(BLOCK_BYTES);
-    let same = digests.iter().filter(|d| !d.is_zero()).all(|d| blocks.next().is_some_and(|b| block_digest(b) == *d));
+    let same =
+        digests.iter().filter(|d| !d.is_zero()).all(|d| blocks.next().is_some_and(|b| block_digest(b) == *d));
     same && blocks.next().is_none() && blocks.remainder().is_empty()
 }
 

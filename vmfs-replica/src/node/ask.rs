@@ -1,0 +1,89 @@
+//! Questions between hosts that are no part of an image's stream: block-level sync, repair,
+//! comparison of copies, claims on names. One request, one answer, both bounded.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use vmfs_common::codec::CodecError;
+use vmfs_common::msg;
+use vmfs_common::{BlockIndex, Digest, Head, ImageId};
+
+/// Most blocks in one answer: 960 KiB of payload.
+pub(crate) const BLOCKS_MAX: usize = 240;
+
+/// A question.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Ask {
+    /// Which image of yours, not unlinked, has this path?
+    Claim { path: String },
+    /// Open (or go on opening) a frozen view of your image for me to copy.
+    SyncOpen { image: ImageId, token: u64 },
+    /// Children of a Merkle node of that view.
+    SyncNode { token: u64, level: u32, index: u64 },
+    /// These blocks of that view.
+    SyncBlocks { token: u64, blocks: Vec<BlockIndex> },
+    /// I am done with it.
+    SyncClose { token: u64 },
+    /// The present content of these blocks, where it has this digest.
+    Fetch { image: ImageId, wanted: Vec<(BlockIndex, Digest)> },
+    /// Keep the view after the next Seal you take.
+    PinSeal { image: ImageId },
+    /// Merkle root of the kept view, if it ends with this head.
+    MerkleAt { image: ImageId, head: Head },
+}
+
+/// An answer; some carry raw bytes after it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Told {
+    /// To [`Ask::Claim`].
+    Claimed { image: Option<ImageId> },
+    /// Not yet: ask again.
+    NotYet,
+    /// To [`Ask::SyncOpen`]. Raw: the updates base, root and seal, then the state, with these lengths.
+    SyncOpened { base_bytes: u32, root_bytes: u32, seal_bytes: u32, state_bytes: u32 },
+    /// To [`Ask::SyncNode`]. Raw: 512 digests.
+    Node,
+    /// To [`Ask::SyncBlocks`]: digests in the order asked; raw: the non-zero blocks.
+    Blocks { digests: Vec<Digest> },
+    /// To [`Ask::Fetch`]: which are here; raw: those.
+    Fetched { here: Vec<bool> },
+    /// Done.
+    Done,
+    /// To [`Ask::MerkleAt`].
+    Merkle { head: Head, root: Digest },
+    /// The view asked for is gone, or was never there.
+    Gone,
+}
+
+/// The bytes of an answer.
+pub(crate) fn encode_told(told: &Told, raw: &[u8]) -> Bytes {
+    let head = msg::encode(told);
+    let len = u32::try_from(head.len()).expect("invariant: answers are bounded");
+    Bytes::from([&len.to_le_bytes()[..], &head, raw].concat())
+}
+
+/// An answer and its raw part.
+pub(crate) fn decode_told(mut bytes: Bytes) -> Result<(Told, Bytes), CodecError> {
+    let len =
+        bytes.first_chunk::<4>().map(|l| u32::from_le_bytes(*l) as usize).ok_or(CodecError::Truncated)?;
+    if len > bytes.len() - 4 {
+        return Err(CodecError::Truncated);
+    }
+    let raw = bytes.split_off(4 + len);
+    Ok((msg::decode(&bytes[4..])?, raw))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_keep_their_raw_part_and_refuse_lies_about_lengths() {
+        let told = Told::Fetched { here: vec![true, false] };
+        let bytes = encode_told(&told, &[1, 2, 3]);
+        let (back, raw) = decode_told(bytes.clone()).unwrap();
+        assert_eq!((back, &raw[..]), (told, &[1u8, 2, 3][..]));
+        assert!(decode_told(Bytes::from_static(&[255, 255, 255, 255, 0])).is_err());
+        assert!(decode_told(Bytes::from_static(&[1])).is_err());
+        assert!(decode_told(bytes.slice(..6)).is_err());
+    }
+}

@@ -1,0 +1,168 @@
+//! New images: those made here, and copies offered by other hosts.
+
+use std::sync::Arc;
+
+use vmfs_common::config::Replicas;
+use vmfs_common::election::Genesis;
+use vmfs_common::header::FORMAT_LEVEL;
+use vmfs_common::op::{Attrs, Op};
+use vmfs_common::policy::{Member, MemberList, MemberRole};
+use vmfs_common::{HostId, ImageId};
+use vmfs_net::HostRole;
+use vmfs_proto::{Input, Machine};
+use vmfs_store::StoreError;
+
+use super::image::Image;
+use super::io::IoError;
+use super::{NodeInner, fill_random};
+
+/// Why an image was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// A host of the datastore has an image of that path already.
+    #[error("the path is taken")]
+    Exists,
+    /// The policy of this host does not make a valid member list.
+    #[error("the policy for this path does not make a valid member list")]
+    Policy,
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Its first updates could not be appended.
+    #[error(transparent)]
+    Io(#[from] IoError),
+}
+
+impl NodeInner {
+    /// The image on this host, not unlinked, whose chain claims `path`.
+    pub fn image_claiming(&self, path: &str) -> Option<Arc<Image>> {
+        let claims = |i: &Arc<Image>| {
+            let state = i.state();
+            !state.unlinked && state.path.as_deref() == Some(path)
+        };
+        let mut found: Vec<_> = self.images().into_iter().filter(claims).collect();
+        // A locally owned image wins a name, else the lowest id.
+        found.sort_by_key(|i| (!i.is_owner_here(), i.id));
+        found.into_iter().next()
+    }
+
+    /// Makes an image that this host owns. Its name and attributes are in its chain on return,
+    /// durable with its first flush.
+    ///
+    /// # Errors
+    /// See [`CreateError`]; nothing is left behind.
+    pub fn create_image(
+        self: &Arc<Self>,
+        path: &str,
+        attrs: &Attrs,
+        xattrs: &[(String, Vec<u8>)],
+    ) -> Result<Arc<Image>, CreateError> {
+        if self.image_claiming(path).is_some() {
+            return Err(CreateError::Exists);
+        }
+        let rule = self.config.policy_for(path);
+        let (members, missing) = self.members_for(&rule.replicas, &rule.witnesses)?;
+        let mut id = [0; ImageId::LEN];
+        fill_random(&mut id);
+        let id = ImageId::from_bytes(id);
+        let store = self.store.create_image(id, MemberRole::Replica)?;
+        let genesis = Genesis { members, policy: rule.image_policy(), attrs: *attrs, level: FORMAT_LEVEL };
+        let image = self.admit(store, |image_env, identity, timing, out| {
+            Machine::genesis(image_env, identity, timing, id, genesis, out)
+        });
+        *image.missing.lock() = missing;
+        let named = image.control(|_| Some(Op::Name { path: path.to_owned() })).and_then(|()| {
+            xattrs.iter().try_for_each(|(name, value)| {
+                image.control(|_| Some(Op::Xattr { name: name.clone(), value: Some(value.clone()) }))
+            })
+        });
+        if let Err(e) = named {
+            self.forget(&image)?;
+            return Err(e.into());
+        }
+        self.claims_changed();
+        Ok(image)
+    }
+
+    /// Members by the policy: this host, and the named or the first so many others. Hosts whose store
+    /// was never met are returned apart.
+    fn members_for(
+        &self,
+        replicas: &Replicas,
+        witnesses: &[vmfs_common::config::HostName],
+    ) -> Result<(MemberList, Vec<HostId>), CreateError> {
+        let me = self.identity.host;
+        let hosts = self.network().hosts();
+        let is_witness = |name: &str| witnesses.iter().any(|w| w.as_str() == name);
+        let mut others: Vec<_> = hosts.iter().filter(|h| h.host != me).collect();
+        others.sort_by_key(|h| h.name.clone());
+        let data: Vec<_> = others
+            .iter()
+            .filter(|h| !is_witness(&h.name) && h.roles.iter().any(|r| *r != HostRole::Witness))
+            .copied()
+            .collect();
+        let chosen: Vec<_> = match replicas {
+            Replicas::All(_) => data,
+            Replicas::Count(n) => {
+                let mut ready = data;
+                ready.sort_by_key(|h| (self.session(h.host).is_none(), h.name.clone()));
+                ready.into_iter().take(usize::from(*n)).collect()
+            }
+            Replicas::Named(names) => {
+                data.into_iter().filter(|h| names.iter().any(|n| n.as_str() == h.name)).collect()
+            }
+        };
+        let own = Member {
+            host: me,
+            store: self.identity.store,
+            key: self.identity.key.public(),
+            role: MemberRole::Replica,
+        };
+        let (mut members, mut missing) = (vec![own], Vec::new());
+        let with_role = chosen
+            .into_iter()
+            .map(|h| (h, MemberRole::Replica))
+            .chain(others.iter().filter(|h| is_witness(&h.name)).map(|h| (*h, MemberRole::Witness)));
+        for (entry, role) in with_role {
+            match self.known_store(entry.host) {
+                Some(store) => {
+                    members.push(Member { host: entry.host, store, key: entry.public_key, role });
+                }
+                None => missing.push(entry.host),
+            }
+        }
+        let list = MemberList::new(members).map_err(|_| CreateError::Policy)?;
+        Ok((list, missing))
+    }
+
+    /// A copy offered by the owner of an image not known here.
+    pub(super) fn take_offer(
+        self: &Arc<Self>,
+        id: ImageId,
+        role: MemberRole,
+    ) -> Result<Arc<Image>, StoreError> {
+        if let Some(image) = self.image(id) {
+            return Ok(image);
+        }
+        let store = self.store.create_image(id, role)?;
+        let image = self
+            .admit(store, |env, identity, timing, out| Machine::blank(env, identity, timing, id, role, out));
+        tracing::info!(image = %id, ?role, "keeping a copy");
+        Ok(image)
+    }
+
+    /// Drops an image from this host: its copy, its forks, its promises.
+    pub(super) fn forget(&self, image: &Arc<Image>) -> Result<(), StoreError> {
+        self.images.write().remove(&image.id);
+        let lines = std::mem::take(&mut *image.lines.lock());
+        lines.values().for_each(|l| l.close());
+        self.claims_changed();
+        self.store.remove_image(image.id)?;
+        self.store.remove_meta(image.id)
+    }
+
+    /// Tells a new machine who is connected.
+    pub(super) fn introduce(&self, image: &Arc<Image>) {
+        self.connected().into_iter().for_each(|host| image.input(Input::PeerUp { host }));
+    }
+}

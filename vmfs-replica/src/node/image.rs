@@ -1,0 +1,490 @@
+//! One image on this host: its machine, its copy in the store, and what is on its way to its members.
+//!
+//! The mutex around [`Core`] is the append lock: what the machine decides and what the store appends
+//! happen under it together. Everything slow (hashing, syncing, sending) happens outside.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard, RwLock};
+use vmfs_common::chain::{Draft, Refusal};
+use vmfs_common::header::{FIXED_BYTES, Update};
+use vmfs_common::op::Op;
+use vmfs_common::policy::{MEMBERS_MAX, MemberRole};
+use vmfs_common::state::ImageState;
+use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head, HostId, ImageId, Millis, Seq};
+use vmfs_proto::{Env, Gate, Input, Machine, OpError, OpOutcome, Output, Refused, Take, Wait};
+use vmfs_store::{ImageStore, Import, Reservation, Space, StoreError, View};
+
+use super::NodeInner;
+use super::blocks::payload_matches;
+use super::io::IoError;
+use super::line::{Line, from_log};
+use super::ring::{Ring, RingItem};
+
+/// Called once with the outcome of a flush.
+pub type FlushDone = Box<dyn FnOnce(Result<(), IoError>) + Send>;
+/// Called once when a waiting operation should be tried again.
+pub type Wake = Box<dyn FnOnce() + Send>;
+
+pub(super) struct Core {
+    pub(super) machine: Machine,
+    /// What to call once the lock is given up.
+    pub(super) deferred: Vec<Box<dyn FnOnce() + Send>>,
+}
+
+/// What a token of the machine stands for.
+pub(super) enum Pending {
+    Flush(FlushDone),
+    Operator(tokio::sync::oneshot::Sender<Result<OpOutcome, OpError>>),
+}
+
+/// See the module.
+pub struct Image {
+    /// Which image.
+    pub id: ImageId,
+    pub(crate) store: Arc<ImageStore>,
+    pub(super) node: Weak<NodeInner>,
+    pub(super) core: Mutex<Core>,
+    /// Held shared by writes of whole blocks, alone by read-modify-writes.
+    pub(super) edges: RwLock<()>,
+    pub(super) ring: Mutex<Ring>,
+    pub(super) lines: Mutex<BTreeMap<HostId, Arc<Line>>>,
+    pub(super) pending: Mutex<HashMap<u64, Pending>>,
+    pub(super) wakes: Mutex<Vec<Wake>>,
+    next_token: AtomicU64,
+    head: AtomicU64,
+    pub(super) deadline: AtomicU64,
+    pub(super) lineage: AtomicU64,
+    pub(super) content_version: AtomicU64,
+    /// Until then (this node's clock), what would wait is answered with an error.
+    pub(super) failing_until: AtomicU64,
+    /// The newest meta record not yet written, and whether a writer is at work.
+    pub(super) meta: Mutex<MetaSlot>,
+    /// When streams with a peer were last started over.
+    pub(super) bounced: Mutex<BTreeMap<HostId, std::time::Instant>>,
+    /// Hosts the policy names whose store is not known yet: added when they are first met.
+    pub(super) missing: Mutex<Vec<HostId>>,
+    pub(super) pulled_blocks: AtomicU64,
+    pub(super) pulling: AtomicBool,
+    pub(super) repairs: Mutex<HashMap<BlockIndex, bool>>,
+    pub(super) sealed_view: Mutex<SealPin>,
+}
+
+/// See [`Image::meta`].
+#[derive(Default)]
+pub(super) struct MetaSlot {
+    pub(super) next: Option<(u64, zeroize::Zeroizing<Vec<u8>>)>,
+    pub(super) writing: bool,
+}
+
+/// A view kept for a comparison of copies.
+#[derive(Default)]
+pub(super) struct SealPin {
+    pub(super) wanted: bool,
+    pub(super) view: Option<View>,
+}
+
+impl Image {
+    pub(super) fn new(node: &Arc<NodeInner>, store: Arc<ImageStore>, machine: Machine) -> Arc<Self> {
+        let head = store.head().seq.0;
+        Arc::new(Self {
+            id: store.id(),
+            node: Arc::downgrade(node),
+            core: Mutex::new(Core { machine, deferred: Vec::new() }),
+            failing_until: AtomicU64::new(0),
+            meta: Mutex::default(),
+            bounced: Mutex::default(),
+            missing: Mutex::default(),
+            edges: RwLock::new(()),
+            ring: Mutex::new(Ring::new(node.ring_bytes_per_image)),
+            lines: Mutex::default(),
+            pending: Mutex::default(),
+            wakes: Mutex::default(),
+            next_token: AtomicU64::new(1),
+            head: AtomicU64::new(head),
+            deadline: AtomicU64::new(0),
+            lineage: AtomicU64::new(1),
+            content_version: AtomicU64::new(1),
+            pulled_blocks: AtomicU64::new(0),
+            pulling: AtomicBool::new(false),
+            repairs: Mutex::default(),
+            sealed_view: Mutex::default(),
+            store,
+        })
+    }
+
+    pub(super) fn node(&self) -> Arc<NodeInner> {
+        self.node.upgrade().expect("invariant: the node outlives its images' tasks")
+    }
+    pub(crate) fn head_seq(&self) -> Seq {
+        Seq(self.head.load(Ordering::Acquire))
+    }
+    /// What the state is now.
+    #[must_use]
+    pub fn state(&self) -> Arc<ImageState> {
+        self.store.state()
+    }
+    /// See the mount's `View::lineage`.
+    #[must_use]
+    pub fn lineage(&self) -> u64 {
+        self.lineage.load(Ordering::Acquire)
+    }
+    /// Changes when the content changed other than through this host's own writes.
+    #[must_use]
+    pub fn content_version(&self) -> u64 {
+        self.content_version.load(Ordering::Acquire)
+    }
+    /// The newest state, frozen.
+    #[must_use]
+    pub fn view(&self) -> View {
+        self.store.view()
+    }
+    pub(super) fn token(&self, what: Pending) -> u64 {
+        let token = self.next_token.fetch_add(1, Ordering::Relaxed);
+        self.pending.lock().insert(token, what);
+        token
+    }
+    pub(super) fn check_lineage(&self, lineage: u64) -> Result<(), IoError> {
+        if lineage == self.lineage() { Ok(()) } else { Err(IoError::Failed) }
+    }
+
+    fn gate(&self, gate: Gate, now: Millis) -> Result<(), IoError> {
+        match gate {
+            Gate::Open => Ok(()),
+            // The operator's `fail` answers for a moment what would wait.
+            Gate::Wait(_) if now.0 < self.failing_until.load(Ordering::Acquire) => Err(IoError::Failed),
+            Gate::Wait(_) => Err(IoError::Wait),
+            Gate::Refused(Refused::NotOwner) => Err(IoError::NotOwner),
+            Gate::Refused(Refused::NoData | Refused::Failed) => Err(IoError::Failed),
+        }
+    }
+    /// Names and attributes are not held back by the quorum, only content is.
+    const fn control_gate(gate: Gate) -> Gate {
+        match gate {
+            Gate::Wait(Wait::MaxLag | Wait::Frozen) => Gate::Open,
+            other => other,
+        }
+    }
+    pub(super) fn check_readable(&self) -> Result<(), IoError> {
+        let now = self.node().now();
+        let gate = self.core.lock().machine.may_read(now);
+        self.gate(gate, now)
+    }
+    /// True when this host owns the image and its epoch has begun.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        let now = self.node().now();
+        !matches!(self.core.lock().machine.may_write(now), Gate::Refused(_) | Gate::Wait(Wait::Election))
+    }
+    /// True when the newest epoch known here is this host's, whether or not it can write now.
+    #[must_use]
+    pub fn is_owner_here(&self) -> bool {
+        self.store.head().epoch.host == self.node().identity.host
+    }
+
+    /// Runs `f` under the lock with an environment, then carries out what the machine asked for.
+    pub(super) fn locked<R>(
+        self: &Arc<Self>,
+        f: impl FnOnce(&mut Core, &mut Env<'_>, &mut Vec<Output>) -> R,
+    ) -> R {
+        let node = self.node();
+        let mut core = self.core.lock();
+        let mut out = Vec::new();
+        let result = node.with_env(self, |env| f(&mut core, env, &mut out));
+        self.execute(&node, &mut core, out);
+        self.unlock(core);
+        result
+    }
+
+    /// One input to the machine.
+    pub(super) fn input(self: &Arc<Self>, input: Input) {
+        self.locked(|core, env, out| core.machine.handle(env, input, out));
+    }
+
+    /// Publishes what other threads read without the lock, gives it up, and makes the deferred calls.
+    pub(super) fn unlock(&self, mut core: MutexGuard<'_, Core>) {
+        let next = core.machine.next_deadline().map_or(u64::MAX, |d| d.0);
+        self.deadline.store(next, Ordering::Release);
+        let deferred = std::mem::take(&mut core.deferred);
+        drop(core);
+        deferred.into_iter().for_each(|call| call());
+    }
+
+    pub(super) fn appended(&self, update: &Update, payload: Bytes) {
+        self.head.store(update.header.seq.0, Ordering::Release);
+        let lines = self.lines.lock();
+        if lines.is_empty() {
+            return;
+        }
+        self.ring.lock().push(RingItem::new(update, payload));
+        lines.values().for_each(|l| l.wake());
+    }
+    pub(super) fn head_moved_back(&self) {
+        self.head.store(self.store.head().seq.0, Ordering::Release);
+        self.ring.lock().clear();
+        self.lineage.fetch_add(1, Ordering::AcqRel);
+        self.content_changed();
+    }
+    pub(super) fn content_changed(&self) {
+        self.content_version.fetch_add(1, Ordering::AcqRel);
+        if let Some(node) = self.node.upgrade() {
+            node.claims_changed();
+        }
+    }
+
+    /// Numbers, chains and stores one update of the owner's, if the gate is open.
+    pub(super) fn append_checked(
+        self: &Arc<Self>,
+        lineage: Option<u64>,
+        payload: Bytes,
+        digests: usize,
+        space: Space,
+        make: impl FnOnce(&ImageState) -> Option<Draft>,
+    ) -> Result<(), IoError> {
+        self.locked(|core, env, out| {
+            if let Some(lineage) = lineage {
+                self.check_lineage(lineage)?;
+            }
+            let gate = core.machine.may_write(env.now);
+            self.gate(if space == Space::Control { Self::control_gate(gate) } else { gate }, env.now)?;
+            let Some(draft) = make(core.machine.state()) else { return Ok(()) };
+            let header_bytes = FIXED_BYTES + args_bytes(&draft.op) + 8 * MEMBERS_MAX + Digest::LEN * digests;
+            let reserved = self.store.reserve(header_bytes, payload.len() / BLOCK_BYTES, space)?;
+            let update = core.machine.append(env, draft, out);
+            self.store_own(core, env, out, reserved, &update, payload)
+        })
+    }
+
+    /// Stores an update that has its number already: any error from here on stops the image.
+    fn store_own(
+        &self,
+        core: &mut Core,
+        env: &mut Env<'_>,
+        out: &mut Vec<Output>,
+        reserved: Reservation,
+        update: &Update,
+        payload: Bytes,
+    ) -> Result<(), IoError> {
+        if let Err(e) = self.store.append(reserved, update, &payload) {
+            tracing::error!(image = %self.id, "stopped after an error of the store: {e}");
+            core.machine.handle(env, Input::StoreFailed, out);
+            return Err(IoError::Failed);
+        }
+        self.appended(update, payload);
+        Ok(())
+    }
+
+    /// Stores an update of the machine's own making.
+    pub(super) fn store_local(&self, update: &Update) -> Result<(), StoreError> {
+        let reserved = self.store.reserve(update.bytes.len(), 0, Space::Control)?;
+        self.store.append(reserved, update, &[])?;
+        self.appended(update, Bytes::new());
+        Ok(())
+    }
+
+    /// Appends an operation and a Seal over it: what block-level sync rests on.
+    pub(super) fn append_vouched(self: &Arc<Self>, draft: Draft) -> Result<(Update, Update), IoError> {
+        self.locked(|core, env, out| {
+            self.gate(Self::control_gate(core.machine.may_write(env.now)), env.now)?;
+            let bytes = FIXED_BYTES + args_bytes(&draft.op) + 8 * MEMBERS_MAX;
+            let reserved = self.store.reserve(bytes, 0, Space::Control)?;
+            let first = core.machine.append(env, draft, out);
+            self.store_own(core, env, out, reserved, &first, Bytes::new())?;
+            let seal = self.append_seal(core, env, out)?;
+            Ok((first, seal))
+        })
+    }
+
+    fn append_seal(
+        &self,
+        core: &mut Core,
+        env: &mut Env<'_>,
+        out: &mut Vec<Output>,
+    ) -> Result<Update, IoError> {
+        let reserved = self.store.reserve(FIXED_BYTES + 64 + 8 * MEMBERS_MAX, 0, Space::Control)?;
+        let seal = core.machine.seal(env, out);
+        self.store_own(core, env, out, reserved, &seal, Bytes::new())?;
+        Ok(seal)
+    }
+
+    /// Appends a Seal and freezes the content it ends: members asked before freeze theirs there too.
+    pub(super) fn seal_and_view(self: &Arc<Self>) -> Result<View, IoError> {
+        self.locked(|core, env, out| {
+            self.gate(Self::control_gate(core.machine.may_write(env.now)), env.now)?;
+            self.append_seal(core, env, out)?;
+            Ok(self.store.view())
+        })
+    }
+
+    /// The durability point. `done` is called once, from any thread, never from within this call's lock.
+    pub fn flush(self: &Arc<Self>, done: FlushDone) {
+        let token = self.token(Pending::Flush(done));
+        self.input(Input::Flush { token });
+    }
+
+    /// Calls `wake` when a waiting operation should be tried again; at the latest within a second.
+    pub fn notify_ready(&self, wake: Wake) {
+        self.wakes.lock().push(wake);
+    }
+    pub(super) fn wake_all(&self) {
+        let wakes = std::mem::take(&mut *self.wakes.lock());
+        wakes.into_iter().for_each(|wake| wake());
+    }
+
+    pub(crate) fn ring_from(&self, from: Seq, bytes_max: usize) -> Option<Vec<RingItem>> {
+        self.ring.lock().from(from, bytes_max)
+    }
+    pub(crate) fn log_from(&self, from: Seq, bytes_max: usize) -> Result<Vec<RingItem>, String> {
+        let entries = self.store.read_log(from, bytes_max).map_err(|e| e.to_string())?;
+        Ok(entries.into_iter().map(|e| from_log(&e.update, e.payload)).collect())
+    }
+
+    /// Takes an update from the stream of `from`: checks payload, chain and certificate, appends.
+    pub(super) fn take(self: &Arc<Self>, from: HostId, update: &Update, payload: Bytes) {
+        let witness = self.store.kind() == MemberRole::Witness;
+        let whole =
+            if witness { payload.is_empty() } else { payload_matches(&update.header.digests, &payload) };
+        let taken = self.locked(|core, env, out| {
+            if !whole {
+                core.machine.refuse(env, from, Some(update), Refusal::AlteredPayload, out);
+                return false;
+            }
+            self.take_locked(core, env, out, from, update, payload)
+        });
+        if taken {
+            self.took_note(update);
+        }
+    }
+
+    fn take_locked(
+        &self,
+        core: &mut Core,
+        env: &mut Env<'_>,
+        out: &mut Vec<Output>,
+        from: HostId,
+        update: &Update,
+        payload: Bytes,
+    ) -> bool {
+        // Twice at most: a roll-back leaves it extending the head.
+        for _ in 0..2 {
+            match core.machine.check_update(env, from, update, out) {
+                Ok(Take::Append) => return self.take_good(core, env, out, from, update, payload),
+                Ok(Take::RollBack { to }) => {
+                    if let Err(e) = self.roll_back(core, env, out, to, true) {
+                        self.roll_back_failed(core, env, out, &e);
+                        return false;
+                    }
+                }
+                Ok(Take::Ignore) | Err(_) => return false,
+            }
+        }
+        false
+    }
+
+    fn take_good(
+        &self,
+        core: &mut Core,
+        env: &mut Env<'_>,
+        out: &mut Vec<Output>,
+        from: HostId,
+        update: &Update,
+        payload: Bytes,
+    ) -> bool {
+        let reserved = match self.store.reserve(update.bytes.len(), payload.len() / BLOCK_BYTES, Space::Data)
+        {
+            Ok(r) => r,
+            Err(StoreError::Full) => {
+                // Parked, visibly: the owner tries again, and it goes on when there is space.
+                core.machine.refuse(env, from, Some(update), Refusal::NoSpace, out);
+                return false;
+            }
+            Err(e) => {
+                tracing::error!(image = %self.id, "stopped after an error of the store: {e}");
+                core.machine.handle(env, Input::StoreFailed, out);
+                return false;
+            }
+        };
+        if self.store_own(core, env, out, reserved, update, payload).is_err() {
+            return false;
+        }
+        core.machine.took(env, update, out);
+        true
+    }
+
+    pub(super) fn roll_back(
+        &self,
+        core: &mut Core,
+        env: &mut Env<'_>,
+        out: &mut Vec<Output>,
+        to: Head,
+        keep_fork: bool,
+    ) -> Result<(), StoreError> {
+        if let Some(fork) = self.store.roll_back(to, keep_fork)? {
+            tracing::warn!(
+                image = %self.id, fork = fork.name, updates = fork.updates,
+                "rolled back to update {}; the tail is kept as a fork", to.seq
+            );
+        }
+        core.machine.rolled_back(env, (*self.store.state()).clone(), out);
+        self.head_moved_back();
+        Ok(())
+    }
+
+    /// Content too old to be rebuilt is copied anew; anything else stops the image.
+    pub(super) fn roll_back_failed(
+        &self,
+        core: &mut Core,
+        env: &mut Env<'_>,
+        out: &mut Vec<Output>,
+        why: &StoreError,
+    ) {
+        if let (StoreError::CannotRollBack { .. }, Some(from)) = (why, core.machine.status(env.now).owner) {
+            out.push(Output::StartBlockSync { from });
+            return;
+        }
+        tracing::error!(image = %self.id, "stopped: cannot roll back: {why}");
+        core.machine.handle(env, Input::StoreFailed, out);
+    }
+
+    fn took_note(&self, update: &Update) {
+        match update.header.op {
+            Op::Seal(_) => {
+                let mut pin = self.sealed_view.lock();
+                if pin.wanted && self.store.head().seq == update.header.seq {
+                    *pin = SealPin { wanted: false, view: Some(self.store.view()) };
+                }
+            }
+            Op::Root { .. } | Op::Policy(_) => {}
+            _ => self.content_changed(),
+        }
+    }
+
+    /// Installs a block-level sync's result.
+    pub(super) fn install(&self, import: Import, base: &Update, state: ImageState) -> Result<(), StoreError> {
+        let _core = self.core.lock();
+        if let Some(fork) = import.finish(base, state, true)? {
+            tracing::info!(image = %self.id, fork = fork.name, "the replaced log is kept as a fork");
+        }
+        self.head_moved_back();
+        Ok(())
+    }
+
+    pub(super) fn sync_progress(&self, blocks: u64) {
+        self.pulled_blocks.fetch_add(blocks, Ordering::Relaxed);
+    }
+
+    /// Milliseconds of the machine's deadline.
+    pub(super) fn is_due(&self, now: Millis) -> bool {
+        self.deadline.load(Ordering::Acquire) <= now.0
+    }
+}
+
+fn args_bytes(op: &Op) -> usize {
+    match op {
+        Op::Write { .. } | Op::Zero { .. } | Op::Resize { .. } => 8,
+        other => other.encode_args().len(),
+    }
+}

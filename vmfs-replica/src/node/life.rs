@@ -1,0 +1,218 @@
+//! What goes on by itself: connections coming and going, time passing, space being given back.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use vmfs_common::msg;
+use vmfs_common::policy::{Member, MemberRole};
+use vmfs_common::{HostId, ImageId, Millis, StoreId};
+use vmfs_net::NetEvent;
+use vmfs_proto::Input;
+
+use super::NodeInner;
+use super::image::{Image, Pending};
+
+/// How often machines whose deadline has come are called, in milliseconds.
+const TICK_MS: u64 = 10;
+/// How often waiting operations are woken in any case, and stream progress is reported.
+const SLOW_TICK_MS: u64 = 250;
+/// Background I/O of the store per round.
+const BACKGROUND_BYTES: u64 = 8 << 20;
+/// Key of this node's own record among the images' meta records.
+pub(super) const NODE_META: ImageId = ImageId::from_bytes([0; 16]);
+
+impl NodeInner {
+    pub(super) fn known_store(&self, host: HostId) -> Option<StoreId> {
+        self.known_stores.lock().get(&host).copied()
+    }
+
+    fn learn_store(&self, host: HostId, store: StoreId) {
+        let mut known = self.known_stores.lock();
+        if known.insert(host, store) == Some(store) {
+            return;
+        }
+        let record = msg::encode(&known.iter().map(|(h, s)| (*h, *s)).collect::<Vec<_>>());
+        drop(known);
+        if let Err(e) = self.store.put_meta(NODE_META, &record) {
+            tracing::warn!("cannot remember the store of {}: {e}", self.host_name(host));
+        }
+    }
+
+    pub(super) fn load_known_stores(&self) {
+        let record = self.store.get_meta(NODE_META);
+        let known: Option<Vec<(HostId, StoreId)>> = record.and_then(|r| msg::decode(&r).ok());
+        *self.known_stores.lock() = known.unwrap_or_default().into_iter().collect::<BTreeMap<_, _>>();
+    }
+
+    /// Takes events of the network until it ends.
+    pub(super) async fn follow_network(self: Arc<Self>, mut events: mpsc::Receiver<NetEvent>) {
+        while let Some(event) = events.recv().await {
+            match event {
+                NetEvent::PeerUp { host, store, session } => {
+                    tracing::info!(peer = self.host_name(host), "connected");
+                    let node = self.clone();
+                    // Remembering the store may touch the disk; machines are told after it.
+                    let learnt = tokio::task::spawn_blocking(move || node.learn_store(host, store)).await;
+                    if learnt.is_err() {
+                        tracing::warn!("cannot remember the store of {}", self.host_name(host));
+                    }
+                    self.contacts.write().entry(host).or_default().heard = Some(self.now());
+                    self.sessions.write().insert(host, (session, store));
+                    self.images().iter().for_each(|i| i.input(Input::PeerUp { host }));
+                    self.images().iter().for_each(|i| i.add_missing(&self, host));
+                }
+                NetEvent::PeerDown { host, session } => {
+                    tracing::info!(peer = self.host_name(host), "disconnected");
+                    if self.session(host).is_some_and(|(s, _)| s == session) {
+                        self.sessions.write().remove(&host);
+                        self.images().iter().for_each(|i| i.peer_down(host));
+                    }
+                }
+                NetEvent::Beat { host, echo_age_ms, .. } => {
+                    let now = self.now();
+                    let mut contacts = self.contacts.write();
+                    let contact = contacts.entry(host).or_default();
+                    contact.heard = Some(now);
+                    if let Some(age) = echo_age_ms {
+                        contact.confirmed = contact.confirmed.max(Some(Millis(now.0.saturating_sub(age))));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits, a moment at most, until the machines have been told of a peer's session.
+    pub(super) async fn wait_for_session(&self, host: HostId, session: u64) {
+        for _ in 0..200 {
+            if self.session(host).is_some_and(|(s, _)| s >= session) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Calls machines that are due, until the node stops.
+    pub(super) async fn follow_clock(self: Arc<Self>) {
+        let mut stopping = self.stopping();
+        let mut ticks = tokio::time::interval(Duration::from_millis(TICK_MS));
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut slow_at = self.now();
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                _ = stopping.wait_for(|s| *s) => return,
+            }
+            let now = self.now();
+            let slow = now >= slow_at;
+            if slow {
+                slow_at = now.plus(SLOW_TICK_MS);
+                self.sync_server.expire();
+            }
+            for image in self.images() {
+                if image.is_due(now) {
+                    image.input(Input::Tick);
+                }
+                if slow {
+                    image.slow_tick();
+                }
+            }
+        }
+    }
+
+    /// The store's background work and the removal of deleted images, until the node stops. Runs on
+    /// a thread of its own.
+    pub(super) fn maintain(self: &Arc<Self>) {
+        let stopping = self.stopping();
+        let mut last_sweep = self.now();
+        while !*stopping.borrow() {
+            let more = self.store.background(BACKGROUND_BYTES).unwrap_or_else(|e| {
+                tracing::warn!("background work of the store: {e}");
+                false
+            });
+            if self.now().since(last_sweep) > 1000 {
+                last_sweep = self.now();
+                self.sweep_deleted();
+            }
+            std::thread::sleep(Duration::from_millis(if more { 5 } else { 100 }));
+        }
+    }
+
+    fn sweep_deleted(self: &Arc<Self>) {
+        let window_ns = self.config.store.undelete_window.millis().saturating_mul(1_000_000);
+        let now_ns = super::unix_ns();
+        for image in self.images() {
+            let state = image.state();
+            if !state.unlinked {
+                continue;
+            }
+            let age_ns = now_ns.saturating_sub(state.ctime_ns);
+            // An image that never held data is nothing to undelete.
+            let empty = image.store.allocated_blocks().0 == 0;
+            let kept_ns = if empty { 2_000_000_000 } else { window_ns };
+            let settled = !image.is_owner_here() || image.is_settled(self) || age_ns > window_ns;
+            if age_ns > kept_ns && settled {
+                tracing::debug!(image = %image.id, "the undelete window has passed: removed");
+                if let Err(e) = self.forget(&image) {
+                    tracing::warn!(image = %image.id, "cannot remove a deleted image: {e}");
+                }
+            }
+        }
+    }
+}
+
+impl Image {
+    fn slow_tick(self: &Arc<Self>) {
+        self.wake_all();
+        let progress: Vec<_> =
+            self.lines.lock().iter().filter_map(|(to, l)| Some((*to, l.take_progress()?))).collect();
+        for (to, seq) in progress {
+            self.input(Input::StreamProgress { to, seq });
+        }
+        self.keep_log_for_members();
+    }
+
+    /// Tells the store what of the log is still wanted and what is committed, and the ring what every
+    /// stream has passed.
+    fn keep_log_for_members(&self) {
+        let now = self.node().now();
+        let status = self.core.lock().machine.status(now);
+        self.store.set_commit(status.commit.max(status.flushed_seq));
+        let wanted = status.members.iter().map(|m| m.durable_seq).min();
+        if let Some(seq) = wanted {
+            self.store.retain_from(seq.next());
+            self.ring.lock().trim_below(seq.next());
+        }
+    }
+
+    /// Every member has everything, durably.
+    pub(super) fn is_settled(&self, node: &NodeInner) -> bool {
+        let status = self.core.lock().machine.status(node.now());
+        status.members.iter().all(|m| m.durable_seq >= status.head.seq)
+    }
+
+    /// True when `host` is catching up before its admission.
+    pub(super) fn is_learner(&self, host: HostId) -> bool {
+        let now = self.node().now();
+        let status = self.core.lock().machine.status(now);
+        status.members.iter().any(|m| m.host == host && !m.admitted)
+    }
+
+    /// Adds a member that the policy had named when the image was made and that was unknown then.
+    fn add_missing(self: &Arc<Self>, node: &Arc<NodeInner>, host: HostId) {
+        let mut missing = self.missing.lock();
+        if !missing.contains(&host) {
+            return;
+        }
+        missing.retain(|h| *h != host);
+        drop(missing);
+        let entry = node.network().directory().get(host);
+        if let (Some(entry), Some(store)) = (entry, node.known_store(host)) {
+            let member = Member { host, store, key: entry.public_key, role: MemberRole::Replica };
+            let (answer, _) = tokio::sync::oneshot::channel();
+            let token = self.token(Pending::Operator(answer));
+            self.input(Input::AddMember { member, token });
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! What one host has to say to one peer about one image: a queue and the task that empties it onto
+//! the image stream. Control messages overtake updates, except `Sync`, which waits until the stream
+//! has passed its update.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use vmfs_common::header::Update;
+use vmfs_common::msg::{self, ImageMsg};
+use vmfs_common::{HostId, Seq};
+use vmfs_net::{NetError, Network, StreamSender};
+
+use super::image::Image;
+use super::ring::RingItem;
+
+/// Control messages waiting for one peer; above it the line is torn down and starts over.
+const MESSAGES_MAX: usize = 4096;
+/// Bytes taken from the ring or the log at a time.
+const BATCH_BYTES: usize = 4 << 20;
+
+/// Updates to send from somewhere on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Feed {
+    next: Seq,
+    headers_only: bool,
+    /// Last update to send; `None`: go on with whatever is appended.
+    upto: Option<Seq>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    messages: VecDeque<ImageMsg>,
+    /// The owner's live stream.
+    feed: Option<Feed>,
+    /// A part of the log that a candidate asked for.
+    serve: Option<Feed>,
+    /// Of the updates to be made durable and not yet passed: the lowest and the highest, and the
+    /// owner's latest commit point.
+    sync: Option<(Seq, Seq, Seq)>,
+    closed: bool,
+    /// Closed by the image, which knows why; the task need not say so.
+    closed_here: bool,
+    /// The last update handed to the connection, and whether that was reported.
+    sent: (Seq, bool),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Line {
+    pub(crate) peer: HostId,
+    pub(crate) session: u64,
+    queue: Mutex<Queue>,
+    notify: Notify,
+}
+
+enum Work {
+    Message(ImageMsg),
+    Feed(Feed, bool),
+    Idle,
+    Closed,
+}
+
+impl Line {
+    /// A line and its task. `head` of the image wakes it through [`Line::wake`].
+    pub(crate) fn start(image: &Arc<Image>, network: &Network, peer: HostId, session: u64) -> Arc<Self> {
+        let line = Arc::new(Self { peer, session, queue: Mutex::default(), notify: Notify::new() });
+        let (task, image, network) = (line.clone(), image.clone(), network.clone());
+        image.node().spawn(async move {
+            let end = match network.open_stream(peer, image.id) {
+                Ok(stream) => task.run(&image, stream).await,
+                Err(e) => Err(e),
+            };
+            if let Err(e) = end {
+                tracing::debug!(image = %image.id.short(), peer = %peer.short(), "stream ended: {e}");
+            }
+            task.queue.lock().closed = true;
+            image.line_ended(&task);
+        });
+        line
+    }
+
+    pub(crate) fn close(&self) {
+        let mut q = self.queue.lock();
+        q.closed = true;
+        q.closed_here = true;
+        drop(q);
+        self.notify.notify_one();
+    }
+    pub(crate) fn is_closed(&self) -> bool {
+        self.queue.lock().closed
+    }
+    pub(crate) fn was_closed_here(&self) -> bool {
+        self.queue.lock().closed_here
+    }
+    /// How far the stream has got, when that has not been reported yet.
+    pub(crate) fn take_progress(&self) -> Option<Seq> {
+        let (seq, reported) = &mut self.queue.lock().sent;
+        (!std::mem::replace(reported, true)).then_some(*seq)
+    }
+    pub(crate) fn wake(&self) {
+        self.notify.notify_one();
+    }
+    pub(crate) fn send(&self, message: ImageMsg) {
+        let mut q = self.queue.lock();
+        if q.messages.len() >= MESSAGES_MAX {
+            tracing::warn!(peer = %self.peer.short(), "too many messages wait for this peer: starting over");
+            q.closed = true;
+        }
+        q.messages.push_back(message);
+        drop(q);
+        self.notify.notify_one();
+    }
+    pub(crate) fn feed(&self, after: Seq, headers_only: bool) {
+        self.queue.lock().feed = Some(Feed { next: after.next(), headers_only, upto: None });
+        self.notify.notify_one();
+    }
+    pub(crate) fn stop_feed(&self) {
+        let mut q = self.queue.lock();
+        q.feed = None;
+        q.sync = None;
+    }
+    pub(crate) fn serve(&self, after: Seq, upto: Seq, headers_only: bool) {
+        self.queue.lock().serve = Some(Feed { next: after.next(), headers_only, upto: Some(upto) });
+        self.notify.notify_one();
+    }
+    pub(crate) fn sync(&self, seq: Seq, commit: Seq) {
+        let mut q = self.queue.lock();
+        q.sync =
+            Some(q.sync.map_or((seq, seq, commit), |(low, high, _)| (low.min(seq), high.max(seq), commit)));
+        drop(q);
+        self.notify.notify_one();
+    }
+
+    fn next_work(&self, head: Seq) -> Work {
+        let mut q = self.queue.lock();
+        if q.closed {
+            return Work::Closed;
+        }
+        if let Some(m) = q.messages.pop_front() {
+            return Work::Message(m);
+        }
+        if let (Some(feed), Some((low, high, commit))) = (q.feed, q.sync)
+            && feed.next > low
+        {
+            // The stream has passed the lowest one wanted: ask for all that it has passed.
+            let seq = high.min(feed.next.prev());
+            q.sync = (high > seq).then_some((high, high, commit));
+            return Work::Message(ImageMsg::Sync { seq, commit });
+        }
+        if let Some(serve) = q.serve {
+            if serve.upto.is_some_and(|u| serve.next <= u) {
+                return Work::Feed(serve, true);
+            }
+            q.serve = None;
+        }
+        match q.feed {
+            Some(feed) if feed.next <= head => Work::Feed(feed, false),
+            _ => Work::Idle,
+        }
+    }
+
+    async fn run(&self, image: &Arc<Image>, mut stream: StreamSender) -> Result<(), NetError> {
+        loop {
+            match self.next_work(image.head_seq()) {
+                Work::Closed => return Ok(()),
+                Work::Message(m) => stream.send_control(Bytes::from(msg::encode(&m))).await?,
+                Work::Feed(feed, serving) => self.send_batch(image, &mut stream, feed, serving).await?,
+                Work::Idle => {
+                    tokio::select! {
+                        () = self.notify.notified() => {}
+                        () = stream.closed() => return Err(NetError::Broken),
+                    }
+                }
+            }
+        }
+    }
+
+    async fn send_batch(
+        &self,
+        image: &Arc<Image>,
+        stream: &mut StreamSender,
+        feed: Feed,
+        serving: bool,
+    ) -> Result<(), NetError> {
+        let items = match image.ring_from(feed.next, BATCH_BYTES) {
+            Some(items) => items,
+            None => match tokio::task::block_in_place(|| image.log_from(feed.next, BATCH_BYTES)) {
+                Ok(items) => items,
+                Err(why) => {
+                    self.log_unreadable(image, feed, serving, &why);
+                    return Ok(());
+                }
+            },
+        };
+        for item in items {
+            if feed.upto.is_some_and(|u| item.seq > u) || !self.advance(&feed, item.seq, serving) {
+                return Ok(());
+            }
+            let RingItem { seq, header, payload } = item;
+            if feed.headers_only || payload.is_empty() {
+                stream.send_update(header, &[]).await?;
+            } else {
+                stream.send_update(header, &[payload]).await?;
+            }
+            // What has a deadline goes between two updates.
+            while let Some(m) = self.between_updates(seq, serving) {
+                stream.send_control(Bytes::from(msg::encode(&m))).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn between_updates(&self, seq: Seq, serving: bool) -> Option<ImageMsg> {
+        let mut q = self.queue.lock();
+        if !serving {
+            q.sent = (seq, false);
+        }
+        q.messages.pop_front()
+    }
+
+    /// Moves the feed past `seq`; false when it was stopped or restarted meanwhile.
+    fn advance(&self, feed: &Feed, seq: Seq, serving: bool) -> bool {
+        let mut q = self.queue.lock();
+        if q.closed {
+            return false;
+        }
+        let slot = if serving { &mut q.serve } else { &mut q.feed };
+        match slot {
+            Some(f) if f.next == seq && f.headers_only == feed.headers_only => {
+                f.next = seq.next();
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn log_unreadable(&self, image: &Arc<Image>, feed: Feed, serving: bool, why: &str) {
+        tracing::debug!(image = %image.id.short(), peer = %self.peer.short(), "log from {}: {why}", feed.next);
+        let mut q = self.queue.lock();
+        if serving {
+            q.serve = None;
+        } else {
+            q.feed = None;
+        }
+        drop(q);
+        image.feed_failed(self.peer, feed.upto.filter(|_| serving));
+    }
+}
+
+/// A ring item from a log entry.
+pub(crate) fn from_log(update: &Update, payload: Vec<u8>) -> RingItem {
+    RingItem::new(update, Bytes::from(payload))
+}

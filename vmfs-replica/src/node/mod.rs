@@ -1,0 +1,185 @@
+//! The engine: every image of this host over one store and one network.
+//!
+//! A [`Node`] runs the machines of `vmfs-proto`: it feeds them connections, messages, completions and
+//! time, and carries out what they ask for. It decides nothing itself about who owns what or when a
+//! flush is done. The mount (`vmfs-fuse`) and the control API sit on top of it.
+
+mod ask;
+mod blocks;
+mod create;
+mod execute;
+mod image;
+mod incoming;
+mod io;
+mod life;
+mod line;
+mod repair;
+mod ring;
+mod start;
+mod sync;
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use parking_lot::{Mutex, RwLock};
+use tokio::runtime::Handle;
+use vmfs_common::config::Config;
+use vmfs_common::{HostId, ImageId, Millis, StoreId};
+use vmfs_net::Network;
+use vmfs_proto::{Contact, Env, Identity, Timing};
+use vmfs_store::{ImageStore, Store};
+
+pub use create::CreateError;
+pub use image::{FlushDone, Image, Wake};
+pub use io::IoError;
+pub use start::{NodeError, start};
+pub use vmfs_store::View;
+
+use ask::{Ask, Told};
+use sync::SyncServer;
+
+/// A running engine; clones are the same one.
+#[derive(Clone)]
+pub struct Node(Arc<NodeInner>);
+
+impl Deref for Node {
+    type Target = Arc<NodeInner>;
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+/// What [`Node`] shares.
+pub struct NodeInner {
+    /// The host's configuration.
+    pub config: Config,
+    /// Who this host is.
+    pub identity: Arc<Identity>,
+    pub(crate) timing: Timing,
+    pub(crate) store: Arc<Store>,
+    network: OnceLock<Network>,
+    runtime: Handle,
+    images: RwLock<BTreeMap<ImageId, Arc<Image>>>,
+    sessions: RwLock<HashMap<HostId, (u64, StoreId)>>,
+    contacts: RwLock<HashMap<HostId, Contact>>,
+    /// Stores of hosts met so far: what a new image's member list needs.
+    known_stores: Mutex<BTreeMap<HostId, StoreId>>,
+    started: Instant,
+    claims_version: AtomicU64,
+    pub(crate) ring_bytes_per_image: usize,
+    sync_server: Arc<SyncServer>,
+    stopping: tokio::sync::watch::Sender<bool>,
+    /// Refusals before any image was involved, by reason, and the like.
+    pub(crate) malformed_frames: AtomicU64,
+}
+
+/// This node's clock starts here, so that "zero" is long ago.
+const CLOCK_START_MS: u64 = 1_000_000;
+
+impl NodeInner {
+    /// Milliseconds on this node's monotonic clock.
+    pub fn now(&self) -> Millis {
+        Millis(CLOCK_START_MS + u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX / 2))
+    }
+    /// The network.
+    pub fn network(&self) -> &Network {
+        self.network.get().expect("invariant: set before any image exists")
+    }
+    /// The runtime that everything runs on.
+    pub const fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.runtime.spawn(task);
+    }
+    pub(crate) fn blocking(&self, work: impl FnOnce() + Send + 'static) {
+        self.runtime.spawn_blocking(work);
+    }
+    pub(crate) fn random_u64(&self) -> u64 {
+        let mut b = [0; 8];
+        fill_random(&mut b);
+        u64::from_le_bytes(b)
+    }
+    pub(crate) fn session(&self, host: HostId) -> Option<(u64, StoreId)> {
+        self.sessions.read().get(&host).copied()
+    }
+    pub(crate) fn connected(&self) -> Vec<HostId> {
+        let mut hosts: Vec<HostId> = self.sessions.read().keys().copied().collect();
+        hosts.sort_unstable();
+        hosts
+    }
+    fn contact(&self, host: HostId) -> Contact {
+        self.contacts.read().get(&host).copied().unwrap_or_default()
+    }
+
+    /// Builds the environment of a machine of `image` and runs `f` in it.
+    pub(crate) fn with_env<R>(&self, image: &Image, f: impl FnOnce(&mut Env<'_>) -> R) -> R {
+        self.with_store_env(&image.store, f)
+    }
+    fn with_store_env<R>(&self, store: &ImageStore, f: impl FnOnce(&mut Env<'_>) -> R) -> R {
+        let contact = |host| self.contact(host);
+        let history = |seq| store.head_at(seq).ok().flatten();
+        let mut env = Env {
+            now: self.now(),
+            time_ns: unix_ns(),
+            entropy: &mut fill_random,
+            contact: &contact,
+            history: &history,
+            log_start: store.log_start(),
+        };
+        f(&mut env)
+    }
+
+    /// Every image on this host.
+    pub fn images(&self) -> Vec<Arc<Image>> {
+        self.images.read().values().cloned().collect()
+    }
+    /// One image.
+    pub fn image(&self, id: ImageId) -> Option<Arc<Image>> {
+        self.images.read().get(&id).cloned()
+    }
+    /// Changes whenever the set of images, their names or what they show has changed.
+    pub fn claims_version(&self) -> u64 {
+        self.claims_version.load(Ordering::Acquire)
+    }
+    pub(crate) fn claims_changed(&self) {
+        self.claims_version.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Asks another host; the answer and its raw part.
+    pub(crate) async fn ask(&self, to: HostId, ask: &Ask) -> Result<(Told, Bytes), String> {
+        let body = Bytes::from(vmfs_common::msg::encode(ask));
+        let answer = self.network().request(to, body).await.map_err(|e| e.to_string())?;
+        ask::decode_told(answer).map_err(|e| e.to_string())
+    }
+
+    /// Name of a host for people.
+    pub fn host_name(&self, host: HostId) -> String {
+        self.network().directory().get(host).map_or_else(|| host.short(), |e| e.name)
+    }
+    /// Bytes free for new data, and the size of the file system that the store is on.
+    pub fn space(&self) -> (u64, u64) {
+        let free = self.store.free_bytes();
+        let total = rustix::fs::statvfs(&self.config.store.dir)
+            .map_or(free, |s| s.f_blocks.saturating_mul(s.f_frsize));
+        (free, total)
+    }
+    /// Becomes true when the daemon stops.
+    pub fn stopping(&self) -> tokio::sync::watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+}
+
+pub(crate) fn fill_random(buf: &mut [u8]) {
+    getrandom::fill(buf).expect("invariant: the kernel has randomness once a host has booted");
+}
+
+pub(crate) fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
