@@ -124,6 +124,29 @@ pub struct NetworkConfig {
     pub advertise: Option<PeerAddress>,
 }
 
+impl StoreConfig {
+    /// A store in `dir`, everything else as by default.
+    #[must_use]
+    pub const fn at(dir: PathBuf) -> Self {
+        Self {
+            dir,
+            segment_size: default_segment_size(),
+            segment_pool: default_segment_pool(),
+            map_cache: default_map_cache(),
+            log_retain: default_log_retain(),
+            undelete_window: default_undelete_window(),
+        }
+    }
+}
+
+impl MountConfig {
+    /// A mount on `point`, everything else as by default.
+    #[must_use]
+    pub const fn at(point: PathBuf) -> Self {
+        Self { point, allow_other: true }
+    }
+}
+
 impl Default for NetworkConfig {
     fn default() -> Self {
         Self { listen: SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)), advertise: None }
