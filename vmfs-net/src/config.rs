@@ -1,5 +1,6 @@
 //! Settings of the transport, and the handlers that receive what peers send.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -20,6 +21,8 @@ pub struct NetConfig {
     /// Address (`host:port`) that other hosts shall use. `None`: what the directory says already,
     /// else the address listened on.
     pub advertise: Option<String>,
+    /// Addresses (`host:port`) to dial hosts at, by name, in place of those in the directory.
+    pub addresses: BTreeMap<String, String>,
     /// What this host does in the datastore.
     pub roles: Vec<HostRole>,
     /// This host's store.
@@ -42,7 +45,8 @@ pub struct NetConfig {
     pub stream_window_bytes: u32,
     /// Bytes of all streams together that a peer may send ahead of the handlers.
     pub receive_window_bytes: u32,
-    /// Bytes that may be on their way to one peer, not yet acknowledged by its kernel.
+    /// Bytes that may be on their way to one peer, written and not yet acknowledged. Whatever is
+    /// ahead of a flush in this window is part of its latency.
     pub send_window_bytes: u32,
     /// Tuning of congestion control and packet sizes.
     pub tuning: Tuning,
@@ -55,11 +59,12 @@ pub struct Tuning {
     pub congestion: Congestion,
     /// Its first window, in bytes.
     pub initial_window_bytes: u64,
-    /// Largest UDP payload tried on loopback; elsewhere 8952 (jumbo frames) is the limit.
+    /// Largest UDP payload tried on loopback; elsewhere it is 6500.
     pub loopback_mtu_max: u16,
-    /// Packets that the receiver may leave unacknowledged; 0 leaves the default.
+    /// Packets that the receiver may leave unacknowledged (at most 4 on loopback, where they are
+    /// large); 0 leaves quinn's default.
     pub ack_every: u32,
-    /// Use the kernel's segmentation offload.
+    /// Use the kernel's segmentation offload, where packets are not too large for it.
     pub gso: bool,
     /// Prefer AES-128-GCM over AES-256-GCM.
     pub aes128: bool,
@@ -81,7 +86,7 @@ impl Default for Tuning {
         Self {
             congestion: Congestion::Cubic,
             initial_window_bytes: 1 << 20,
-            loopback_mtu_max: 16 << 10,
+            loopback_mtu_max: 65_507,
             ack_every: 10,
             gso: true,
             aes128: true,
@@ -96,6 +101,7 @@ impl NetConfig {
         Self {
             listen,
             advertise: None,
+            addresses: BTreeMap::new(),
             roles: vec![HostRole::Replica],
             store,
             software: env!("CARGO_PKG_VERSION").to_owned(),
@@ -107,7 +113,7 @@ impl NetConfig {
             streams_max: 4096,
             stream_window_bytes: 4 << 20,
             receive_window_bytes: 64 << 20,
-            send_window_bytes: 8 << 20,
+            send_window_bytes: 2 << 20,
             tuning: Tuning::default(),
         }
     }

@@ -237,7 +237,7 @@ fn jitter(pause: Duration) -> Duration {
 async fn dial(shared: &Shared, entry: &HostEntry) -> Result<(), NetError> {
     let v6 = shared.transport.endpoint.local_addr().is_ok_and(|a| a.is_ipv6());
     let mut result = Err(unresolved(entry, "no address that this host's socket could use"));
-    for address in resolve(&entry.address).await? {
+    for address in resolve(shared.cfg.addresses.get(&entry.name).unwrap_or(&entry.address)).await? {
         if address.is_ipv6() && !v6 {
             continue;
         }

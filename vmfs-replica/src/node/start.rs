@@ -96,6 +96,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
     };
     let mut net = NetConfig::new(config.network.listen, store.id());
     net.advertise = config.network.advertise.as_ref().map(ToString::to_string);
+    net.addresses = config.peers.iter().map(|(name, at)| (name.to_string(), at.to_string())).collect();
     net.roles = roles;
     let ring_bytes_per_image = usize::try_from(config.replication.ring.bytes() / 2).unwrap_or(16 << 20);
     let node = Arc::new(NodeInner {
