@@ -46,6 +46,9 @@ struct Args {
     /// Bytes of payload per update.
     #[arg(long, default_value_t = 128 << 10)]
     payload: usize,
+    /// Bytes on their way, in KiB.
+    #[arg(long, default_value_t = 2048)]
+    send_window_kib: u32,
     /// Parallel streams.
     #[arg(long, default_value_t = 1)]
     streams: u8,
@@ -68,7 +71,7 @@ impl StreamHandler for Sink {
             (self.answer.get().cloned(), self.pongs.clone(), Arc::clone(&self.bytes));
         tokio::spawn(async move {
             if let Err(e) = read(answer, from, image, frames, pongs, &bytes).await {
-                eprintln!("reader: {e:#}");
+                tracing::debug!("reader: {e:#}");
             }
         });
     }
@@ -109,7 +112,7 @@ struct End {
     pongs: mpsc::UnboundedReceiver<Bytes>,
 }
 
-async fn start(dir: &Path, tuning: Tuning, answers: bool) -> Result<End> {
+async fn start(dir: &Path, tuning: Tuning, send_window_bytes: u32, answers: bool) -> Result<End> {
     let identity = HostIdentity::load(dir)?;
     let (pongs_in, pongs) = mpsc::unbounded_channel();
     let (events, mut drain) = mpsc::channel::<NetEvent>(64);
@@ -120,7 +123,7 @@ async fn start(dir: &Path, tuning: Tuning, answers: bool) -> Result<End> {
     let handlers = Handlers { streams: Arc::new(sink), requests: Arc::new(NoRequests) };
     let listen = vmfs_net::Directory::open(dir, identity.trust())?;
     let listen = listen.get(identity.host()).context("own entry")?.address.parse()?;
-    let cfg = NetConfig { tuning, ..NetConfig::new(listen, StoreId::from_bytes([1; 16])) };
+    let cfg = NetConfig { tuning, send_window_bytes, ..NetConfig::new(listen, StoreId::from_bytes([1; 16])) };
     let net = Network::start(cfg, identity, handlers, events).await?;
     if answers {
         answer.set(net.clone()).ok().context("set once")?;
@@ -187,8 +190,8 @@ async fn main() -> Result<()> {
         let address = std::net::UdpSocket::bind("127.0.0.1:0")?.local_addr()?.to_string();
         invite::join_local(&dirs[0], name, dir, &address, &[])?;
     }
-    let mut a = start(&dirs[0], tuning, false).await?;
-    let b = start(&dirs[1], tuning, true).await?;
+    let mut a = start(&dirs[0], tuning, args.send_window_kib << 10, false).await?;
+    let b = start(&dirs[1], tuning, args.send_window_kib << 10, true).await?;
     let to = b.net.local_host();
     while !a.net.is_connected(to) || !b.net.is_connected(a.net.local_host()) {
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -212,6 +215,9 @@ async fn main() -> Result<()> {
         cpu / mib * 1024.0
     );
     println!("round trip beside it: {}", round_trips(&a.net, to, &mut a.pongs, 200).await?);
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let peak = status.lines().find(|l| l.starts_with("VmHWM")).unwrap_or("VmHWM: unknown");
+    println!("peak resident memory of both ends: {}", peak.trim_start_matches("VmHWM:").trim());
     pumps.iter().for_each(tokio::task::JoinHandle::abort);
     a.net.shutdown().await;
     b.net.shutdown().await;

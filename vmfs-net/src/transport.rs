@@ -17,8 +17,11 @@ use crate::tls;
 
 /// Socket buffers asked for; the kernel may give less.
 const SOCKET_BUFFER_BYTES: usize = 8 << 20;
-/// Largest UDP payload tried off loopback: jumbo frames.
-const FAR_MTU_MAX: u16 = 8952;
+/// Largest UDP payload with segmentation offload: quinn batches ten, and the kernel refuses batches of
+/// more than 64 KiB (with EMSGSIZE, which quinn takes for a lost packet).
+const GSO_MTU_MAX: u16 = 6500;
+/// Packets per acknowledgement when packets are as large as a tenth of the send window.
+const NEAR_ACK_EVERY_MAX: u32 = 4;
 /// Largest UDP payload over IPv4.
 const UDP_PAYLOAD_MAX: u16 = 65_507;
 /// Bytes that a peer may send before it is known who it is.
@@ -97,14 +100,15 @@ fn transport(cfg: &NetConfig, near: bool) -> TransportConfig {
     t.stream_receive_window(VarInt::from_u32(cfg.stream_window_bytes));
     t.send_window(u64::from(cfg.send_window_bytes));
     t.datagram_receive_buffer_size(None);
-    let max = if near { tuning.loopback_mtu_max } else { FAR_MTU_MAX };
+    let max = if near { tuning.loopback_mtu_max.min(UDP_PAYLOAD_MAX) } else { GSO_MTU_MAX };
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(max);
     t.initial_mtu(1452.min(max)).mtu_discovery_config(Some(discovery));
-    t.enable_segmentation_offload(tuning.gso);
+    t.enable_segmentation_offload(tuning.gso && max <= GSO_MTU_MAX);
     if tuning.ack_every > 0 {
+        let every = if near { tuning.ack_every.min(NEAR_ACK_EVERY_MAX) } else { tuning.ack_every };
         let mut acks = AckFrequencyConfig::default();
-        acks.ack_eliciting_threshold(VarInt::from_u32(tuning.ack_every));
+        acks.ack_eliciting_threshold(VarInt::from_u32(every));
         acks.max_ack_delay(Some(Duration::from_millis(5)));
         t.ack_frequency_config(Some(acks));
     }
