@@ -36,7 +36,7 @@ pub(super) struct Core {
 }
 
 /// What a token of the machine stands for.
-pub(super) enum Pending {
+pub(crate) enum Pending {
     Flush(FlushDone),
     Operator(tokio::sync::oneshot::Sender<Result<OpOutcome, OpError>>),
 }
@@ -142,7 +142,7 @@ impl Image {
     pub fn view(&self) -> View {
         self.store.view()
     }
-    pub(super) fn token(&self, what: Pending) -> u64 {
+    pub(crate) fn token(&self, what: Pending) -> u64 {
         let token = self.next_token.fetch_add(1, Ordering::Relaxed);
         self.pending.lock().insert(token, what);
         token
@@ -200,7 +200,7 @@ impl Image {
     }
 
     /// One input to the machine.
-    pub(super) fn input(self: &Arc<Self>, input: Input) {
+    pub(crate) fn input(self: &Arc<Self>, input: Input) {
         self.locked(|core, env, out| core.machine.handle(env, input, out));
     }
 

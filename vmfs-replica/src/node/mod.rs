@@ -8,6 +8,7 @@ mod ask;
 mod blocks;
 mod create;
 mod execute;
+mod facts;
 mod image;
 mod incoming;
 mod io;
@@ -35,12 +36,13 @@ use vmfs_proto::{Contact, Env, Identity, Timing};
 use vmfs_store::{ImageStore, Store};
 
 pub use create::CreateError;
+pub(crate) use ask::{Ask, Told};
+pub(crate) use image::Pending;
 pub use image::{FlushDone, Image, Wake};
 pub use io::IoError;
 pub use start::{NodeError, start};
 pub use vmfs_store::View;
 
-use ask::{Ask, Told};
 use sync::SyncServer;
 
 /// A running engine; clones are the same one.
@@ -168,6 +170,14 @@ impl NodeInner {
         let total = rustix::fs::statvfs(&self.config.store.dir)
             .map_or(free, |s| s.f_blocks.saturating_mul(s.f_frsize));
         (free, total)
+    }
+    /// The store of a host, if it was ever met.
+    pub fn met_store(&self, host: HostId) -> Option<StoreId> {
+        self.known_store(host)
+    }
+    /// Control messages that did not decode.
+    pub fn malformed_messages(&self) -> u64 {
+        self.malformed_frames.load(Ordering::Relaxed)
     }
     /// Becomes true when the daemon stops.
     pub fn stopping(&self) -> tokio::sync::watch::Receiver<bool> {

@@ -54,20 +54,20 @@ pub struct PromoteRequest {
 pub enum Loss {
     /// Nothing acknowledged is missing.
     Nothing,
-    /// Later flushes than the adopted one had been acknowledged.
-    EndsAtFlush {
-        /// The last flush that is there.
+    /// The copy ends at an update after which others are known to have been acknowledged.
+    EndsAt {
+        /// The last update that is there.
         seq: u64,
-        /// When it was.
+        /// When it was made, milliseconds since 1970.
         time_ms: u64,
-        /// Acknowledged flushes after it that are known of.
-        later_flushes: u64,
-        /// Bytes those covered.
-        later_bytes: u64,
+        /// How many acknowledged updates after it are known of, when that can be counted.
+        later_updates: Option<u64>,
     },
     /// The old owner could acknowledge alone: nobody here knows what it did since.
     UnknownAfter {
-        /// Last contact with it.
+        /// The last update that is there.
+        seq: u64,
+        /// Last contact with the old owner, milliseconds since 1970.
         time_ms: u64,
     },
 }
@@ -76,15 +76,15 @@ impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Nothing => f.write_str("nothing acknowledged is missing"),
-            Self::EndsAtFlush { seq, time_ms, later_flushes, later_bytes } => write!(
-                f,
-                "ends at flush {seq} of {}; {later_flushes} later flush{} ({}) had been acknowledged",
-                utc_clock(*time_ms),
-                if *later_flushes == 1 { "" } else { "es" },
-                vmfs_common::config::ByteSize::new(*later_bytes).human(),
-            ),
-            Self::UnknownAfter { time_ms } => {
-                write!(f, "unknown after the last contact at {}", utc_clock(*time_ms))
+            Self::EndsAt { seq, time_ms, later_updates } => {
+                write!(f, "ends at update {seq} of {}; ", utc_clock(*time_ms))?;
+                match later_updates {
+                    Some(n) => write!(f, "{n} later updates had been acknowledged"),
+                    None => f.write_str("later updates had been acknowledged"),
+                }
+            }
+            Self::UnknownAfter { seq, time_ms } => {
+                write!(f, "ends at update {seq}; unknown after the last contact at {}", utc_clock(*time_ms))
             }
         }
     }
