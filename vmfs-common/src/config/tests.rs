@@ -131,3 +131,15 @@ fn relative_paths_are_taken_from_the_files_directory() {
     assert_eq!(config.store.dir, Path::new("/s"));
     assert_eq!(config.identity.dir, Path::new("/etc/vmfs/id"));
 }
+
+#[test]
+fn every_example_is_valid() {
+    for (name, text) in [
+        ("a", include_str!("../../../examples/two-hosts-and-witness/a.toml")),
+        ("b", include_str!("../../../examples/two-hosts-and-witness/b.toml")),
+        ("w", include_str!("../../../examples/two-hosts-and-witness/w.toml")),
+    ] {
+        let config = Config::parse(text).unwrap();
+        assert_eq!((config.host.as_str(), config.mount.is_some()), (name, name != "w"));
+    }
+}
