@@ -301,12 +301,15 @@ async fn wait_ends_at_its_time_out_and_with_its_client() {
 fn losses_say_exactly_what_is_known() {
     assert_eq!(Loss::Nothing.to_string(), "nothing acknowledged is missing");
     let time_ms = (12 * 3600 + 3 * 60 + 7) * 1000;
-    let ends = Loss::EndsAtFlush { seq: 812, time_ms, later_flushes: 3, later_bytes: 1_258_291 };
+    let ends = Loss::EndsAt { seq: 812, time_ms, later_updates: Some(3) };
+    assert_eq!(ends.to_string(), "ends at update 812 of 12:03:07 UTC; 3 later updates had been acknowledged");
+    let ends = Loss::EndsAt { seq: 812, time_ms, later_updates: None };
+    assert_eq!(ends.to_string(), "ends at update 812 of 12:03:07 UTC; later updates had been acknowledged");
+    let unknown = Loss::UnknownAfter { seq: 812, time_ms };
     assert_eq!(
-        ends.to_string(),
-        "ends at flush 812 of 12:03:07 UTC; 3 later flushes (1.2 MiB) had been acknowledged"
+        unknown.to_string(),
+        "ends at update 812; unknown after the last contact at 12:03:07 UTC"
     );
-    let unknown = Loss::UnknownAfter { time_ms };
-    assert_eq!(unknown.to_string(), "unknown after the last contact at 12:03:07 UTC");
-    assert_eq!(serde_json::to_string(&unknown).unwrap(), r#"{"kind":"unknown-after","time_ms":43387000}"#);
+    let json = serde_json::to_string(&unknown).unwrap();
+    assert_eq!(json, r#"{"kind":"unknown-after","seq":812,"time_ms":43387000}"#);
 }

@@ -79,6 +79,7 @@ impl fmt::Display for Loss {
             Self::EndsAt { seq, time_ms, later_updates } => {
                 write!(f, "ends at update {seq} of {}; ", utc_clock(*time_ms))?;
                 match later_updates {
+                    Some(1) => f.write_str("1 later update had been acknowledged"),
                     Some(n) => write!(f, "{n} later updates had been acknowledged"),
                     None => f.write_str("later updates had been acknowledged"),
                 }
