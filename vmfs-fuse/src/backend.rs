@@ -161,7 +161,8 @@ pub trait Backend: Send + Sync + 'static {
     /// The chain says `path` from now on. Idempotent: the present path changes nothing.
     ///
     /// # Errors
-    /// `EROFS` when this host is not the owner, `ENOENT` for an unknown image.
+    /// `EROFS` when this host is not the owner, `ENOENT` for an unknown image; `EAGAIN` when it
+    /// owns the image but cannot append yet (the mount repeats it).
     fn rename_claim(&self, id: ImageId, path: &str) -> Result<(), Errno>;
 
     /// The chain says that the name is gone; the undelete window begins. Idempotent, also for an

@@ -1,0 +1,316 @@
+//! Attributes and extended attributes.
+
+use vmfs_common::op::{NAME_MAX_BYTES, XATTR_MAX_BYTES};
+
+use super::data::{DataOp, Outcome};
+use super::{Attr, Caller, FileKind, Fs, LOCAL_NAME_TTL, SHORT_TTL, now_ns};
+use crate::backend::{AttrChange, Backend, Errno, StatFs};
+use crate::catalog::{Change, Kind, Meta, Row, XATTRS_MAX};
+use vmfs_common::op::Attrs;
+
+/// A point in time, as `utimensat` gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stamp {
+    /// This host's clock.
+    Now,
+    /// Nanoseconds since the epoch; times before 1970 are given as 0.
+    At(u64),
+}
+
+impl Stamp {
+    fn ns(self) -> u64 {
+        match self {
+            Self::Now => now_ns(),
+            Self::At(ns) => ns,
+        }
+    }
+}
+
+/// What `SETATTR` changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SetAttr {
+    /// Permission bits (others are ignored).
+    pub mode: Option<u32>,
+    /// User.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Truncate or extend.
+    pub size: Option<u64>,
+    /// Last access.
+    pub atime: Option<Stamp>,
+    /// Last modification.
+    pub mtime: Option<Stamp>,
+}
+
+/// `setxattr`'s flags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum XattrRule {
+    /// Set or replace.
+    Any,
+    /// `XATTR_CREATE`.
+    Create,
+    /// `XATTR_REPLACE`.
+    Replace,
+}
+
+/// What a change of owner or content takes away from a file's mode.
+pub(crate) const fn without_privileges(mode: u32) -> u32 {
+    let setgid = if mode & 0o010 == 0 { 0 } else { 0o2000 };
+    mode & !0o4000 & !setgid
+}
+
+fn checked_xattr_name(name: &str) -> Result<(), Errno> {
+    let known = ["user.", "trusted.", "security."].iter().any(|p| name.len() > p.len() && name.starts_with(p));
+    if name.len() > NAME_MAX_BYTES {
+        Err(Errno::RANGE)
+    } else if !known || name == "security.capability" {
+        // No ACLs, and no capabilities: nobody executes a disk image.
+        Err(Errno::OPNOTSUPP)
+    } else {
+        Ok(())
+    }
+}
+
+impl<B: Backend> Fs<B> {
+    /// Attributes of an inode.
+    ///
+    /// # Errors
+    /// `ENOENT` for an inode that nobody knows.
+    pub fn getattr(&self, ino: u64) -> Result<Attr, Errno> {
+        let (id, linked, view) = {
+            let tree = self.tree.read();
+            let node = tree.get(ino).ok_or(Errno::NOENT)?;
+            let Some(id) = node.image() else {
+                return Ok(Self::local_attr(ino, node));
+            };
+            (id, node.linked, node.pins.last().copied())
+        };
+        let nlink = u32::from(linked);
+        let stat = self.backend.stat(id, view).inspect_err(|error| {
+            tracing::warn!(image = %id, %error, "an image's attributes are not available");
+        });
+        // A broken image keeps its name, so that it can be seen and removed; opening it fails.
+        Ok(stat.map_or_else(
+            |_| Attr {
+                ino,
+                kind: FileKind::Image,
+                size: 0,
+                allocated: 0,
+                nlink,
+                attrs: Attrs::default(),
+                ctime_ns: 0,
+                ttl: std::time::Duration::ZERO,
+            },
+            |s| Attr {
+                ino,
+                kind: FileKind::Image,
+                size: s.size_bytes,
+                allocated: s.allocated_bytes,
+                nlink,
+                attrs: s.attrs,
+                ctime_ns: s.ctime_ns,
+                ttl: if s.writable_here { SHORT_TTL } else { std::time::Duration::ZERO },
+            },
+        ))
+    }
+
+    fn local_attr(ino: u64, node: &super::tree::Node) -> Attr {
+        let meta = node.meta().cloned().unwrap_or_default();
+        let (kind, size) = match &node.row.kind {
+            Kind::Symlink { target, .. } => (FileKind::Symlink, target.len() as u64),
+            _ => (FileKind::Dir, 4096),
+        };
+        let links = if kind == FileKind::Dir { 2 + node.subdirs } else { 1 };
+        Attr {
+            ino,
+            kind,
+            size,
+            allocated: 0,
+            nlink: if node.linked { links } else { 0 },
+            attrs: meta.attrs,
+            ctime_ns: meta.ctime_ns,
+            ttl: SHORT_TTL.min(LOCAL_NAME_TTL),
+        }
+    }
+
+    /// Changes attributes, the size among them. `uid` is the caller's: a truncate by anybody but
+    /// root takes set-user-id and set-group-id away.
+    pub fn setattr(
+        &self,
+        ino: u64,
+        fh: Option<u64>,
+        change: SetAttr,
+        uid: u32,
+        caller: Caller,
+        reply: impl FnOnce(Result<(), Errno>) + Send + 'static,
+    ) {
+        let id = match self.tree.read().get(ino) {
+            None => return reply(Err(Errno::NOENT)),
+            Some(node) => node.image(),
+        };
+        let Some(id) = id else {
+            return reply(if change.size.is_some() { Err(Errno::ISDIR) } else { self.set_meta(ino, &change) });
+        };
+        let truncated = change.size.is_some() && uid != 0;
+        let attrs = match self.attr_change(id, &change, truncated) {
+            Ok(attrs) => attrs,
+            Err(errno) => return reply(Err(errno)),
+        };
+        if attrs.mode.is_some_and(|m| m & 0o6000 != 0) {
+            self.mark_privileged(ino);
+        }
+        let backend = self.backend.clone();
+        let rest = move || if attrs.is_empty() { Ok(()) } else { backend.set_attrs(id, &attrs) };
+        let Some(size) = change.size else { return reply(rest()) };
+        let view = match fh {
+            None => None,
+            Some(fh) => match self.handle(fh) {
+                Ok(handle) => Some(handle.view),
+                Err(errno) => return reply(Err(errno)),
+            },
+        };
+        let done = move |result: Result<Outcome, Errno>| reply(result.and_then(|_| rest()));
+        self.submit(id, caller, DataOp::Resize { id, view, size }, done);
+    }
+
+    /// What the change means for an image.
+    fn attr_change(
+        &self,
+        id: vmfs_common::ids::ImageId,
+        change: &SetAttr,
+        drops_privileges: bool,
+    ) -> Result<AttrChange, Errno> {
+        let mut mode = change.mode.map(|m| m & 0o7777);
+        if change.uid.is_some() || change.gid.is_some() || drops_privileges {
+            let present = match mode {
+                Some(mode) => mode,
+                None => self.backend.stat(id, None)?.attrs.mode,
+            };
+            let kept = without_privileges(present);
+            mode = if kept == present { mode } else { Some(kept) };
+        }
+        Ok(AttrChange {
+            mode,
+            uid: change.uid,
+            gid: change.gid,
+            atime_ns: change.atime.map(Stamp::ns),
+            mtime_ns: change.mtime.map(Stamp::ns),
+        })
+    }
+
+    /// Attributes of a directory or symlink.
+    fn set_meta(&self, ino: u64, change: &SetAttr) -> Result<(), Errno> {
+        self.edit_meta(ino, |meta| {
+            let attrs = &mut meta.attrs;
+            attrs.mode = change.mode.map_or(attrs.mode, |m| m & 0o7777);
+            attrs.uid = change.uid.unwrap_or(attrs.uid);
+            attrs.gid = change.gid.unwrap_or(attrs.gid);
+            attrs.atime_ns = change.atime.map_or(attrs.atime_ns, Stamp::ns);
+            attrs.mtime_ns = change.mtime.map_or(attrs.mtime_ns, Stamp::ns);
+            Ok(())
+        })
+    }
+
+    fn edit_meta(&self, ino: u64, edit: impl FnOnce(&mut Meta) -> Result<(), Errno>) -> Result<(), Errno> {
+        let mut tree = self.tree.write();
+        let node = tree.get(ino).ok_or(Errno::NOENT)?;
+        let mut row: Row = node.row.clone();
+        let (linked, mut changes) = (node.linked, Vec::new());
+        match &mut row.kind {
+            Kind::Dir(meta) | Kind::Symlink { meta, .. } => {
+                edit(meta)?;
+                meta.ctime_ns = now_ns();
+            }
+            Kind::Image(_) => return Err(Errno::INVAL),
+        }
+        if !linked {
+            // A removed directory that somebody is still in: there is nothing to make durable.
+            if let Some(node) = tree.get_mut(ino) {
+                node.row = row;
+            }
+            return Ok(());
+        }
+        changes.extend(tree.materialise(row.parent));
+        changes.push(Change::Put(ino, row));
+        self.commit(tree, &changes)
+    }
+
+    /// One extended attribute.
+    ///
+    /// # Errors
+    /// `ENODATA`, `EOPNOTSUPP` for a namespace that is not `user`, `trusted` or `security`.
+    pub fn getxattr(&self, ino: u64, name: &str) -> Result<Vec<u8>, Errno> {
+        checked_xattr_name(name)?;
+        let id = {
+            let tree = self.tree.read();
+            let node = tree.get(ino).ok_or(Errno::NOENT)?;
+            match node.meta() {
+                Some(meta) => return meta.xattrs.get(name).cloned().ok_or(Errno::NODATA),
+                None => node.image().ok_or(Errno::NODATA)?,
+            }
+        };
+        self.backend.xattr_get(id, name)
+    }
+
+    /// Names of the extended attributes.
+    ///
+    /// # Errors
+    /// `ENOENT`.
+    pub fn listxattr(&self, ino: u64) -> Result<Vec<String>, Errno> {
+        let id = {
+            let tree = self.tree.read();
+            let node = tree.get(ino).ok_or(Errno::NOENT)?;
+            match node.meta() {
+                Some(meta) => return Ok(meta.xattrs.keys().cloned().collect()),
+                None => node.image().ok_or(Errno::NOENT)?,
+            }
+        };
+        self.backend.xattr_list(id)
+    }
+
+    /// Sets an extended attribute, or removes it (`None`, with [`XattrRule::Replace`]).
+    ///
+    /// # Errors
+    /// `EEXIST`/`ENODATA` by the rule, `E2BIG`, `ENOSPC` beyond [`XATTRS_MAX`] of them, `EROFS`.
+    pub fn setxattr(&self, ino: u64, name: &str, value: Option<&[u8]>, rule: XattrRule) -> Result<(), Errno> {
+        checked_xattr_name(name)?;
+        if value.is_some_and(|v| v.len() > XATTR_MAX_BYTES) {
+            return Err(Errno::TOOBIG);
+        }
+        let allowed = |exists: bool| match rule {
+            XattrRule::Create if exists => Err(Errno::EXIST),
+            XattrRule::Replace if !exists => Err(Errno::NODATA),
+            _ => Ok(()),
+        };
+        let image = self.tree.read().get(ino).ok_or(Errno::NOENT)?.image();
+        let Some(id) = image else {
+            return self.edit_meta(ino, |meta| {
+                allowed(meta.xattrs.contains_key(name))?;
+                if let Some(value) = value {
+                    if meta.xattrs.len() >= XATTRS_MAX && !meta.xattrs.contains_key(name) {
+                        return Err(Errno::NOSPC);
+                    }
+                    meta.xattrs.insert(name.to_owned(), value.to_vec());
+                } else {
+                    meta.xattrs.remove(name);
+                }
+                Ok(())
+            });
+        };
+        // The kernel holds the inode's lock, so that nobody comes between the question and the
+        // change through this mount.
+        let exists = match self.backend.xattr_get(id, name) {
+            Ok(_) => true,
+            Err(Errno::NODATA) => false,
+            Err(errno) => return Err(errno),
+        };
+        allowed(exists)?;
+        self.backend.xattr_set(id, name, value)
+    }
+
+    /// Capacity.
+    pub fn statfs(&self) -> StatFs {
+        self.backend.statfs()
+    }
+}

@@ -1,0 +1,221 @@
+//! What is done to an image's content: tried at once, parked when the engine cannot.
+
+use std::cell::RefCell;
+
+use vmfs_common::ids::ImageId;
+
+use super::park::Parked;
+use super::wait::Signals;
+use super::{Caller, Fs};
+use crate::backend::{Attempt, Backend, Errno, SizeRule, View};
+
+/// Bytes moved by one `copy_file_range` request; the caller asks again for the rest.
+const COPY_BYTES_MAX: u64 = 8 << 20;
+const COPY_PIECE: u32 = 1 << 20;
+
+/// An operation that owns everything it needs, so that it can wait.
+#[derive(Debug)]
+pub(crate) enum DataOp {
+    Read { id: ImageId, view: View, offset: u64, len: u32 },
+    Write { id: ImageId, view: View, offset: u64, data: Vec<u8> },
+    Zero { id: ImageId, view: View, offset: u64, len: u64, size: SizeRule },
+    Allocate { id: ImageId, view: View, offset: u64, len: u64, size: SizeRule },
+    Resize { id: ImageId, view: Option<View>, size: u64 },
+    Copy { from: (ImageId, View, u64), to: (ImageId, View, u64), len: u64 },
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Data(Vec<u8>),
+    Count(u64),
+    Done,
+}
+
+impl DataOp {
+    /// Memory that it holds while it waits.
+    pub(crate) const fn held_bytes(&self) -> usize {
+        match self {
+            Self::Write { data, .. } => data.len(),
+            _ => 0,
+        }
+    }
+}
+
+fn map<T, U>(attempt: Attempt<T>, with: impl FnOnce(T) -> U) -> Attempt<U> {
+    match attempt {
+        Attempt::Ready(result) => Attempt::Ready(result.map(with)),
+        Attempt::Wait => Attempt::Wait,
+    }
+}
+
+/// One try.
+pub(crate) fn attempt<B: Backend>(backend: &B, op: &DataOp) -> Attempt<Outcome> {
+    match op {
+        DataOp::Read { id, view, offset, len } => {
+            let mut buf = Vec::new();
+            map(backend.read(*id, *view, *offset, *len, &mut buf), |()| Outcome::Data(buf))
+        }
+        DataOp::Write { id, view, offset, data } => {
+            map(backend.write(*id, *view, *offset, data), |()| Outcome::Count(data.len() as u64))
+        }
+        DataOp::Zero { id, view, offset, len, size } => {
+            map(backend.zero(*id, *view, *offset, *len, *size), |()| Outcome::Done)
+        }
+        DataOp::Allocate { id, view, offset, len, size } => {
+            map(backend.allocate(*id, *view, *offset, *len, *size), |()| Outcome::Done)
+        }
+        DataOp::Resize { id, view, size } => map(backend.resize(*id, *view, *size), |()| Outcome::Done),
+        DataOp::Copy { from, to, len } => map(copy(backend, *from, *to, *len), Outcome::Count),
+    }
+}
+
+/// Copies up to [`COPY_BYTES_MAX`]. Stops early, with what it has, at a wait or an error.
+fn copy<B: Backend>(
+    backend: &B,
+    from: (ImageId, View, u64),
+    to: (ImageId, View, u64),
+    len: u64,
+) -> Attempt<u64> {
+    if let Some(shared) = backend.share_range(from, to, len) {
+        return shared;
+    }
+    let mut copied = 0;
+    let mut buf = Vec::new();
+    while copied < len.min(COPY_BYTES_MAX) {
+        let step = copy_piece(backend, from, to, copied, len.min(COPY_BYTES_MAX) - copied, &mut buf);
+        match step {
+            Attempt::Ready(Ok(0)) => break,
+            Attempt::Ready(Ok(n)) => copied += n,
+            other if copied == 0 => return other,
+            Attempt::Ready(Err(_)) | Attempt::Wait => break,
+        }
+    }
+    Attempt::ok(copied)
+}
+
+/// Copies one piece of data, or one hole. 0: the source ends here.
+fn copy_piece<B: Backend>(
+    backend: &B,
+    (from, from_view, from_start): (ImageId, View, u64),
+    (to, to_view, to_start): (ImageId, View, u64),
+    done: u64,
+    left: u64,
+    buf: &mut Vec<u8>,
+) -> Attempt<u64> {
+    let (source, target) = (from_start + done, to_start + done);
+    let hole_end = match backend.seek_data(from, from_view, source) {
+        Ok(data) => data,
+        Err(Errno::NXIO) => match backend.stat(from, Some(from_view)) {
+            Ok(stat) => stat.size_bytes,
+            Err(errno) => return Attempt::err(errno),
+        },
+        Err(errno) => return Attempt::err(errno),
+    };
+    if hole_end > source {
+        let hole = left.min(hole_end - source);
+        return map(backend.zero(to, to_view, target, hole, SizeRule::Extend), |()| hole);
+    }
+    let len = COPY_PIECE.min(u32::try_from(left).unwrap_or(COPY_PIECE));
+    match backend.read(from, from_view, source, len, buf) {
+        Attempt::Ready(Ok(())) if buf.is_empty() => Attempt::ok(0),
+        Attempt::Ready(Ok(())) => map(backend.write(to, to_view, target, buf), |()| buf.len() as u64),
+        other => map(other, |()| 0),
+    }
+}
+
+thread_local! {
+    static READ_BUF: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+impl<B: Backend> Fs<B> {
+    /// Tries the operation and answers, or parks it.
+    pub(crate) fn submit(
+        &self,
+        id: ImageId,
+        caller: Caller,
+        op: DataOp,
+        reply: impl FnOnce(Result<Outcome, Errno>) + Send + 'static,
+    ) {
+        match attempt(self.backend.as_ref(), &op) {
+            Attempt::Ready(result) => reply(result),
+            Attempt::Wait => self.park_op(id, caller, op, reply),
+        }
+    }
+
+    fn park_op(
+        &self,
+        id: ImageId,
+        caller: Caller,
+        op: DataOp,
+        reply: impl FnOnce(Result<Outcome, Errno>) + Send + 'static,
+    ) {
+        let limit = Some(self.options.stall_timeout);
+        let pending = self.waits.owe(caller, Signals::Deadly, limit, reply);
+        self.park.park(self.backend.as_ref(), id, Parked { op, pending });
+    }
+
+    /// Reads up to `len` bytes; fewer at the end of the image.
+    pub fn read(
+        &self,
+        fh: u64,
+        offset: u64,
+        len: u32,
+        caller: Caller,
+        reply: impl FnOnce(Result<&[u8], Errno>) + Send + 'static,
+    ) {
+        let handle = match self.handle(fh) {
+            Ok(handle) => handle,
+            Err(errno) => return reply(Err(errno)),
+        };
+        let (id, view) = (handle.id, handle.view);
+        // Taken out, so that a reply that reads again does not find it borrowed.
+        let mut buf = READ_BUF.take();
+        match self.backend.read(id, view, offset, len, &mut buf) {
+            Attempt::Ready(Ok(())) => reply(Ok(&buf)),
+            Attempt::Ready(Err(errno)) => reply(Err(errno)),
+            Attempt::Wait => {
+                self.park_op(id, caller, DataOp::Read { id, view, offset, len }, move |outcome| {
+                    reply(match &outcome {
+                        Ok(Outcome::Data(data)) => Ok(data),
+                        Ok(_) => Err(Errno::IO),
+                        Err(errno) => Err(*errno),
+                    });
+                });
+            }
+        }
+        READ_BUF.set(buf);
+    }
+
+    /// Writes all of `data`. With `durable` (`O_SYNC`, `O_DSYNC`, `RWF_DSYNC`) it is write plus
+    /// flush, and answers after both.
+    pub fn write(
+        &self,
+        fh: u64,
+        offset: u64,
+        data: &[u8],
+        durable: bool,
+        caller: Caller,
+        reply: impl FnOnce(Result<u32, Errno>) + Send + 'static,
+    ) {
+        let handle = match self.handle(fh) {
+            Ok(handle) if handle.write => handle,
+            Ok(_) => return reply(Err(Errno::BADF)),
+            Err(errno) => return reply(Err(errno)),
+        };
+        let (id, view) = (handle.id, handle.view);
+        let count = u32::try_from(data.len()).unwrap_or(u32::MAX);
+        let flusher = self.flusher(id, view, caller);
+        let written = move |result: Result<(), Errno>| match result {
+            Ok(()) if durable => flusher(Box::new(move |flushed| reply(flushed.map(|()| count)))),
+            other => reply(other.map(|()| count)),
+        };
+        match self.backend.write(id, view, offset, data) {
+            Attempt::Ready(result) => written(result),
+            Attempt::Wait => {
+                let op = DataOp::Write { id, view, offset, data: data.to_vec() };
+                self.park_op(id, caller, op, move |outcome| written(outcome.map(|_| ())));
+            }
+        }
+    }
+}

@@ -1,0 +1,539 @@
+//! Operations on names.
+
+use std::sync::Arc;
+
+use parking_lot::RwLockWriteGuard;
+use vmfs_common::ids::ImageId;
+use vmfs_common::op::{Attrs, PATH_MAX_BYTES};
+
+use super::tree::{Node, Tree, name_fits};
+use super::{Entry, FileKind, Fs, LOCAL_NAME_TTL, Opened, SHORT_TTL, now_ns};
+use crate::backend::{Backend, Errno};
+use crate::catalog::{Change, Kind, Meta, Row};
+
+/// What to do about the target of a rename.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RenameRule {
+    /// It is replaced.
+    Replace,
+    /// `RENAME_NOREPLACE`.
+    Keep,
+    /// `RENAME_EXCHANGE`.
+    Exchange,
+}
+
+/// Who makes a name, and with what mode (the umask is applied already).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Made {
+    /// Permission bits.
+    pub mode: u32,
+    /// The caller's user.
+    pub uid: u32,
+    /// The caller's group.
+    pub gid: u32,
+}
+
+/// One entry of a directory listing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirEntry {
+    /// Name.
+    pub name: String,
+    /// Inode number.
+    pub ino: u64,
+    /// Kind.
+    pub kind: FileKind,
+}
+
+/// The name as a chain can hold it. Names are UTF-8, because chains are read by other hosts.
+///
+/// # Errors
+/// `ENAMETOOLONG`, `EILSEQ`, `EINVAL`.
+fn checked(name: &[u8]) -> Result<&str, Errno> {
+    if name.len() > vmfs_common::op::NAME_MAX_BYTES {
+        return Err(Errno::NAMETOOLONG);
+    }
+    let name = std::str::from_utf8(name).map_err(|_| Errno::ILSEQ)?;
+    if name_fits(name) { Ok(name) } else { Err(Errno::INVAL) }
+}
+
+const fn kind_of(node: &Node) -> FileKind {
+    match node.row.kind {
+        Kind::Dir(_) => FileKind::Dir,
+        Kind::Symlink { .. } => FileKind::Symlink,
+        Kind::Image(_) => FileKind::Image,
+    }
+}
+
+/// The directory with a new mtime and ctime, as it is or as `changes` make it.
+fn touch(tree: &Tree, dir: u64, changes: &mut Vec<Change>) {
+    let now = now_ns();
+    let touched = |row: &Row| {
+        let mut row = row.clone();
+        if let Kind::Dir(meta) = &mut row.kind {
+            meta.ctime_ns = now;
+            meta.attrs.mtime_ns = now;
+        }
+        row
+    };
+    let pending = changes.iter().rev().find_map(|c| match c {
+        Change::Put(ino, row) if *ino == dir => Some(row),
+        _ => None,
+    });
+    match (pending, tree.get(dir)) {
+        (Some(row), _) => changes.push(Change::Put(dir, touched(row))),
+        (None, Some(node)) if node.local => changes.push(Change::Put(dir, touched(&node.row))),
+        // A directory that only other hosts' images imply has no attributes of its own.
+        _ => {}
+    }
+}
+
+impl Made {
+    /// Attributes of what is made in `parent`, which may hand its group down.
+    fn attrs(&self, parent: &Node, dir: bool) -> Attrs {
+        let now = now_ns();
+        let mut attrs =
+            Attrs { mode: self.mode & 0o7777, uid: self.uid, gid: self.gid, atime_ns: now, mtime_ns: now };
+        if let Some(meta) = parent.meta().filter(|m| m.attrs.mode & 0o2000 != 0) {
+            attrs.gid = meta.attrs.gid;
+            attrs.mode |= if dir { 0o2000 } else { 0 };
+        }
+        attrs
+    }
+}
+
+impl<B: Backend> Fs<B> {
+    /// Looks a name up; the kernel remembers it until it forgets it.
+    ///
+    /// # Errors
+    /// `ENOENT`, `ENOTDIR`, `ENAMETOOLONG`.
+    pub fn lookup(&self, parent: u64, name: &[u8]) -> Result<Entry, Errno> {
+        if name.len() > vmfs_common::op::NAME_MAX_BYTES {
+            return Err(Errno::NAMETOOLONG);
+        }
+        let name = std::str::from_utf8(name).map_err(|_| Errno::NOENT)?;
+        let ino = {
+            let tree = self.tree.read();
+            tree.dir(parent)?;
+            tree.child(parent, name).ok_or(Errno::NOENT)?
+        };
+        self.remember(ino)
+    }
+
+    /// The entry of an inode, counted as looked up.
+    ///
+    /// # Errors
+    /// `ENOENT` when it is gone.
+    pub fn remember(&self, ino: u64) -> Result<Entry, Errno> {
+        let local = {
+            let mut tree = self.tree.write();
+            let node = tree.get_mut(ino).ok_or(Errno::NOENT)?;
+            node.lookups += 1;
+            node.local
+        };
+        let attr = self.getattr(ino).inspect_err(|_| self.forget(ino, 1))?;
+        Ok(Entry { attr, ttl: if local { LOCAL_NAME_TTL } else { SHORT_TTL } })
+    }
+
+    /// The kernel forgets `count` look-ups.
+    pub fn forget(&self, ino: u64, count: u64) {
+        let mut tree = self.tree.write();
+        if let Some(node) = tree.get_mut(ino) {
+            node.lookups = node.lookups.saturating_sub(count);
+        }
+        tree.drop_unused(ino);
+    }
+
+    /// Checks that `name` can be made in `parent`, and says what it starts with.
+    fn vacancy(&self, parent: u64, name: &str, made: Made, dir: bool) -> Result<(Attrs, String), Errno> {
+        let tree = self.tree.read();
+        let node = tree.dir(parent)?;
+        if tree.child(parent, name).is_some() {
+            return Err(Errno::EXIST);
+        }
+        Ok((made.attrs(node, dir), tree.path_in(parent, name)?))
+    }
+
+    /// Makes an empty image. Its replicas follow from the datastore's policy.
+    ///
+    /// # Errors
+    /// `EEXIST` here or on a reachable member, `ENOSPC`, name errors.
+    pub fn create(&self, parent: u64, name: &[u8], made: Made) -> Result<Entry, Errno> {
+        let name = checked(name)?;
+        let (attrs, path) = self.vacancy(parent, name, made, false)?;
+        // Without our lock: it writes to the disk. The kernel lets nobody else make this name.
+        let id = self.backend.create(&path, &attrs, &[])?;
+        let placed = (|| {
+            let mut tree = self.tree.write();
+            tree.dir(parent)?;
+            if tree.child(parent, name).is_some_and(|i| tree.get(i).is_some_and(|n| n.local || n.is_dir())) {
+                return Err(Errno::EXIST);
+            }
+            let ino = tree.image_ino(id);
+            let mut changes = tree.materialise(parent);
+            touch(&tree, parent, &mut changes);
+            changes.push(Change::Put(ino, Row { parent, name: name.to_owned(), kind: Kind::Image(id) }));
+            self.commit(tree, &changes)?;
+            Ok(ino)
+        })();
+        match placed {
+            Ok(ino) => self.remember(ino),
+            Err(errno) => {
+                self.bury(id, None);
+                Err(errno)
+            }
+        }
+    }
+
+    /// [`Fs::create`] and [`Fs::open`] in one.
+    ///
+    /// # Errors
+    /// As both.
+    pub fn create_open(
+        &self,
+        parent: u64,
+        name: &[u8],
+        made: Made,
+        flags: i32,
+    ) -> Result<(Entry, Opened), Errno> {
+        let entry = self.create(parent, name, made)?;
+        let opened = self.open(entry.attr.ino, flags).inspect_err(|_| self.forget(entry.attr.ino, 1))?;
+        Ok((entry, opened))
+    }
+
+    fn make(
+        &self,
+        parent: u64,
+        name: &[u8],
+        made: Made,
+        dir: bool,
+        kind: impl FnOnce(Meta) -> Kind,
+    ) -> Result<Entry, Errno> {
+        let name = checked(name)?;
+        let (attrs, _) = self.vacancy(parent, name, made, dir)?;
+        let mut tree = self.tree.write();
+        tree.dir(parent)?;
+        if tree.child(parent, name).is_some() {
+            return Err(Errno::EXIST);
+        }
+        let ino = tree.fresh_ino();
+        let mut changes = tree.materialise(parent);
+        touch(&tree, parent, &mut changes);
+        let meta = Meta { attrs, ctime_ns: attrs.mtime_ns, ..Meta::default() };
+        changes.push(Change::Put(ino, Row { parent, name: name.to_owned(), kind: kind(meta) }));
+        self.commit(tree, &changes)?;
+        self.remember(ino)
+    }
+
+    /// Makes a directory.
+    ///
+    /// # Errors
+    /// `EEXIST`, name errors.
+    pub fn mkdir(&self, parent: u64, name: &[u8], made: Made) -> Result<Entry, Errno> {
+        self.make(parent, name, made, true, Kind::Dir)
+    }
+
+    /// Makes a symbolic link. It exists on this host only.
+    ///
+    /// # Errors
+    /// `EEXIST`, `ENAMETOOLONG`, name errors.
+    pub fn symlink(&self, parent: u64, name: &[u8], target: &[u8], made: Made) -> Result<Entry, Errno> {
+        if target.len() >= PATH_MAX_BYTES {
+            return Err(Errno::NAMETOOLONG);
+        }
+        let made = Made { mode: 0o777, ..made };
+        self.make(parent, name, made, false, |meta| Kind::Symlink { target: target.to_vec(), meta })
+    }
+
+    /// Where a symbolic link points.
+    ///
+    /// # Errors
+    /// `EINVAL` for anything else.
+    pub fn readlink(&self, ino: u64) -> Result<Vec<u8>, Errno> {
+        match &self.tree.read().get(ino).ok_or(Errno::NOENT)?.row.kind {
+            Kind::Symlink { target, .. } => Ok(target.clone()),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// Removes a name. The image itself goes at its last close, and is kept on its replicas for
+    /// the undelete window.
+    ///
+    /// # Errors
+    /// `EROFS` for an image that another host owns, `EISDIR`, `ENOENT`.
+    pub fn unlink(&self, parent: u64, name: &[u8]) -> Result<(), Errno> {
+        let tree = self.tree.write();
+        let ino = find(&tree, parent, name)?;
+        let node = tree.get(ino).ok_or(Errno::NOENT)?;
+        if node.is_dir() {
+            return Err(Errno::ISDIR);
+        }
+        if !node.may_move() {
+            return Err(Errno::ROFS);
+        }
+        let mut changes = vec![Change::Del(ino)];
+        touch(&tree, parent, &mut changes);
+        let image = node.image();
+        if let Some(id) = image {
+            changes.push(Change::Bury { id, after: None });
+        }
+        self.commit_removal(tree, &changes, ino, image.map(|id| (id, None)))
+    }
+
+    /// Commits; the removed image's chain is told now, or at the last close.
+    fn commit_removal(
+        &self,
+        mut tree: RwLockWriteGuard<'_, Tree>,
+        changes: &[Change],
+        ino: u64,
+        image: Option<(ImageId, Option<ImageId>)>,
+    ) -> Result<(), Errno> {
+        let mut now = image;
+        if let Some((_, after)) = image
+            && let Some(node) = tree.get_mut(ino).filter(|n| n.opens > 0)
+        {
+            node.doomed = Some(after);
+            now = None;
+        }
+        let committed = self.commit(tree, changes);
+        match (committed, now) {
+            (Ok(()), Some((id, after))) => self.bury(id, after),
+            (Ok(()), None) => {}
+            (Err(errno), _) => {
+                if let Some(node) = self.tree.write().get_mut(ino).filter(|n| n.linked) {
+                    node.doomed = None;
+                }
+                return Err(errno);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes an empty directory.
+    ///
+    /// # Errors
+    /// `ENOTEMPTY`, `ENOTDIR`, `ENOENT`.
+    pub fn rmdir(&self, parent: u64, name: &[u8]) -> Result<(), Errno> {
+        let tree = self.tree.write();
+        let ino = find(&tree, parent, name)?;
+        if !tree.dir(ino).map(|n| n.local)? || !tree.is_empty(ino) {
+            return Err(Errno::NOTEMPTY);
+        }
+        let mut changes = vec![Change::Del(ino)];
+        touch(&tree, parent, &mut changes);
+        self.commit(tree, &changes)
+    }
+
+    /// Renames; one transaction whatever is replaced, exchanged or moved along.
+    ///
+    /// # Errors
+    /// `EROFS` when an image that another host owns would get another path; `EEXIST`,
+    /// `ENOTEMPTY`, `EISDIR`, `ENOTDIR`, `EINVAL` (into itself), `ENAMETOOLONG`.
+    pub fn rename(
+        &self,
+        from: (u64, &[u8]),
+        to: (u64, &[u8]),
+        rule: RenameRule,
+    ) -> Result<(), Errno> {
+        let name = checked(to.1)?;
+        let mut tree = self.tree.write();
+        let source = find(&tree, from.0, from.1)?;
+        tree.dir(to.0)?;
+        let target = tree.child(to.0, name);
+        match (target, rule) {
+            (Some(_), RenameRule::Keep) => return Err(Errno::EXIST),
+            (None, RenameRule::Exchange) => return Err(Errno::NOENT),
+            (Some(target), _) if target == source => return Ok(()),
+            _ => {}
+        }
+        check_move(&tree, source, (to.0, name))?;
+        let mut changes = tree.materialise(to.0);
+        changes.extend(tree.materialise(from.0));
+        let mut moved = tree.images_under(source);
+        let mut removed = None;
+        let put = |ino: u64, parent: u64, name: &str, changes: &mut Vec<Change>| {
+            let Some(node) = tree.get(ino) else { return };
+            let mut kind = node.row.kind.clone();
+            if let Kind::Dir(meta) | Kind::Symlink { meta, .. } = &mut kind {
+                meta.ctime_ns = now_ns();
+            }
+            changes.push(Change::Put(ino, Row { parent, name: name.to_owned(), kind }));
+        };
+        put(source, to.0, name, &mut changes);
+        match target {
+            Some(target) if rule == RenameRule::Exchange => {
+                let old_name = std::str::from_utf8(from.1).map_err(|_| Errno::ILSEQ)?;
+                check_move(&tree, target, (from.0, old_name))?;
+                moved.extend(tree.images_under(target));
+                put(target, from.0, old_name, &mut changes);
+            }
+            Some(target) => {
+                check_replace(&tree, source, target)?;
+                changes.insert(0, Change::Del(target));
+                if let Some(id) = tree.get(target).and_then(Node::image) {
+                    // The new name first, so that a failover between the two loses neither.
+                    let after = tree.get(source).and_then(Node::image);
+                    changes.push(Change::Bury { id, after });
+                    removed = Some((target, id, after));
+                }
+            }
+            None => {}
+        }
+        touch(&tree, from.0, &mut changes);
+        if from.0 != to.0 {
+            touch(&tree, to.0, &mut changes);
+        }
+        own_moved(&mut tree, &moved, &mut changes);
+        match removed {
+            Some((ino, id, after)) => {
+                // The chains learn the names before the burial asks for a flush.
+                let told = moved.clone();
+                self.commit_rename(tree, &changes, &told, Some((ino, id, after)))
+            }
+            None => self.commit_rename(tree, &changes, &moved, None),
+        }
+    }
+
+    fn commit_rename(
+        &self,
+        mut tree: RwLockWriteGuard<'_, Tree>,
+        changes: &[Change],
+        moved: &[u64],
+        removed: Option<(u64, ImageId, Option<ImageId>)>,
+    ) -> Result<(), Errno> {
+        let ids: Vec<ImageId> = moved.iter().filter_map(|i| tree.get(*i).and_then(Node::image)).collect();
+        let mut bury_now = removed;
+        if let Some((ino, _, after)) = removed
+            && let Some(node) = tree.get_mut(ino).filter(|n| n.opens > 0)
+        {
+            node.doomed = Some(after);
+            bury_now = None;
+        }
+        if let Err(errno) = self.commit(tree, changes) {
+            if let Some((ino, ..)) = removed
+                && let Some(node) = self.tree.write().get_mut(ino).filter(|n| n.linked)
+            {
+                node.doomed = None;
+            }
+            return Err(errno);
+        }
+        for id in ids {
+            self.tell_name(id);
+        }
+        if let Some((_, id, after)) = bury_now {
+            self.bury(id, after);
+        }
+        Ok(())
+    }
+
+    /// Opens a directory for listing.
+    ///
+    /// # Errors
+    /// `ENOENT`, `ENOTDIR`.
+    pub fn opendir(&self, ino: u64) -> Result<u64, Errno> {
+        match self.tree.read().get(ino) {
+            None => return Err(Errno::NOENT),
+            Some(node) if !node.is_dir() => return Err(Errno::NOTDIR),
+            Some(_) => {}
+        }
+        let fh = self.fresh_fh();
+        self.dirs.lock().insert(fh, Arc::default());
+        Ok(fh)
+    }
+
+    /// The listing: as of the first read, and anew after a rewind, so that offsets stay valid.
+    ///
+    /// # Errors
+    /// `EBADF`.
+    pub fn list(&self, ino: u64, fh: u64, rewind: bool) -> Result<Arc<Vec<DirEntry>>, Errno> {
+        if !rewind {
+            return self.dirs.lock().get(&fh).cloned().ok_or(Errno::BADF);
+        }
+        let list = {
+            let tree = self.tree.read();
+            let node = tree.get(ino).ok_or(Errno::NOENT)?;
+            let entry = |name: &str, ino, kind| DirEntry { name: name.to_owned(), ino, kind };
+            let mut list = vec![entry(".", ino, FileKind::Dir), entry("..", node.row.parent, FileKind::Dir)];
+            if node.linked {
+                list.extend(
+                    tree.children(ino).filter_map(|(name, i)| Some(entry(name, i, kind_of(tree.get(i)?)))),
+                );
+            }
+            Arc::new(list)
+        };
+        let mut dirs = self.dirs.lock();
+        *dirs.get_mut(&fh).ok_or(Errno::BADF)? = list.clone();
+        Ok(list)
+    }
+
+    /// Closes a listing.
+    pub fn releasedir(&self, fh: u64) {
+        self.dirs.lock().remove(&fh);
+    }
+
+    /// On return, every name is on stable storage.
+    ///
+    /// # Errors
+    /// `EIO` after a failed write-back.
+    pub fn syncdir(&self) -> Result<(), Errno> {
+        self.catalog.sync_all().map_err(|e| super::catalog_errno(&e))
+    }
+}
+
+fn find(tree: &Tree, parent: u64, name: &[u8]) -> Result<u64, Errno> {
+    tree.dir(parent)?;
+    let name = std::str::from_utf8(name).map_err(|_| Errno::NOENT)?;
+    tree.child(parent, name).ok_or(Errno::NOENT)
+}
+
+/// Whether this host may give the node that place.
+fn check_move(tree: &Tree, ino: u64, (parent, name): (u64, &str)) -> Result<(), Errno> {
+    let path = tree.path_in(parent, name)?;
+    let old = tree.path(ino).ok_or(Errno::NOENT)?;
+    let node = tree.get(ino).ok_or(Errno::NOENT)?;
+    if node.is_dir() && tree.is_inside(parent, ino) {
+        return Err(Errno::INVAL);
+    }
+    for image in tree.images_under(ino) {
+        let node = tree.get(image).ok_or(Errno::NOENT)?;
+        if !node.may_move() {
+            return Err(Errno::ROFS);
+        }
+        let below = tree.path(image).ok_or(Errno::NOENT)?;
+        if below.len() - old.len() + path.len() > PATH_MAX_BYTES {
+            return Err(Errno::NAMETOOLONG);
+        }
+    }
+    Ok(())
+}
+
+fn check_replace(tree: &Tree, source: u64, target: u64) -> Result<(), Errno> {
+    let (source, node) =
+        (tree.get(source).ok_or(Errno::NOENT)?, tree.get(target).ok_or(Errno::NOENT)?);
+    match (source.is_dir(), node.is_dir()) {
+        (true, false) => Err(Errno::NOTDIR),
+        (false, true) => Err(Errno::ISDIR),
+        (_, true) if !node.local || !tree.is_empty(target) => Err(Errno::NOTEMPTY),
+        _ if !node.is_dir() && !node.may_move() => Err(Errno::ROFS),
+        _ => Ok(()),
+    }
+}
+
+/// Names that move along and are not rows yet (images promoted here, directories that claims
+/// imply) become rows: their place is this host's decision from now on.
+fn own_moved(tree: &mut Tree, moved: &[u64], changes: &mut Vec<Change>) {
+    for ino in moved {
+        let mut rows = Vec::new();
+        let mut at = *ino;
+        while let Some(node) = tree.get(at).filter(|n| !n.local) {
+            rows.push(Change::Put(at, node.row.clone()));
+            at = node.row.parent;
+        }
+        rows.reverse();
+        for row in rows {
+            let Change::Put(ino, _) = &row else { continue };
+            if !changes.iter().any(|c| matches!(c, Change::Put(known, _) if known == ino)) {
+                changes.push(row);
+            }
+        }
+    }
+}
