@@ -25,8 +25,8 @@ const ENTRY_LABEL: &str = "vmfs1/host-entry";
 const REMOVAL_LABEL: &str = "vmfs1/host-removal";
 /// Longest address, as text.
 const ADDRESS_BYTES_MAX: usize = 300;
-/// Most hosts (and most removals) that are kept.
-const HOSTS_MAX: usize = 1024;
+/// Most hosts (and most removals) that are kept: all of them fit one frame.
+const HOSTS_MAX: usize = 512;
 
 /// What a host does in its datastore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

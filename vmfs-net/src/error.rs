@@ -226,6 +226,10 @@ impl NetError {
                 Some(r) => refused(r, format!("the peer says: {}", String::from_utf8_lossy(&close.reason))),
                 None => Self::Lost(e.to_string()),
             },
+            // rustls has the same alert for every other defect of a certificate.
+            E::TransportError(t) if t.reason.contains("not valid for name") => {
+                refused(Refusal::WrongHost, "another host answers at this address".into())
+            }
             E::TransportError(t) => match alert_refusal(u64::from(t.code)) {
                 Some(r) => refused(r, t.reason.clone()),
                 None => Self::Lost(e.to_string()),

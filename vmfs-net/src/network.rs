@@ -19,7 +19,7 @@ use crate::frame::{Kind, REQUEST_BYTES_MAX};
 use crate::hello::{Hello, VERSIONS};
 use crate::hub::{self, HubMsg};
 use crate::pki::invite::Invitation;
-use crate::pki::{CaKey, HostIdentity, invite, random};
+use crate::pki::{CaKey, HostIdentity, PkiError, invite, random};
 use crate::session::{self, Session, too_slow};
 use crate::stream::StreamSender;
 use crate::transport::Transport;
@@ -311,6 +311,9 @@ impl Network {
     /// [`crate::PkiError::NoCaKey`], [`NetError::UnknownHost`], or what cannot be written.
     pub fn remove_host(&self, host: HostId) -> Result<(), NetError> {
         let ca = CaKey::load(self.shared.identity.dir())?;
+        if host == self.local_host() {
+            return Err(PkiError::OwnHost(host).into());
+        }
         if self.shared.directory.get(host).is_none() {
             return Err(NetError::UnknownHost(host));
         }

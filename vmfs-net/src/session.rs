@@ -269,10 +269,8 @@ async fn answer(
     let body = recv.expect(Kind::Request).await?;
     let answer = match shared.handlers.requests.on_request(from, body).await {
         Ok(body) => frame::encode(Kind::Response, &body),
-        Err(mut why) => {
-            why.truncate(why.floor_char_boundary(Kind::Decline.max_bytes()));
-            frame::encode(Kind::Decline, why.as_bytes())
-        }
+        // Cut in the middle of a character at worst: the reader takes it lossily.
+        Err(why) => frame::encode(Kind::Decline, &why.as_bytes()[..why.len().min(Kind::Decline.max_bytes())]),
     };
     let frame = match answer {
         Ok(frame) => frame,

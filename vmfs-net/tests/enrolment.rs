@@ -122,6 +122,7 @@ async fn a_removed_host_is_cut_off_and_refused_everywhere() {
     })
     .await;
     assert!(matches!(b.net.remove_host(c.id()), Err(NetError::Pki(PkiError::NoCaKey { .. }))));
+    assert!(matches!(a.net.remove_host(a.id()), Err(NetError::Pki(PkiError::OwnHost(_)))));
     a.net.remove_host(c.id()).unwrap();
     eventually("cut off", || !a.net.is_connected(c.id()) && !b.net.is_connected(c.id())).await;
     assert!(b.net.directory().is_removed(c.id()));
@@ -135,6 +136,19 @@ async fn a_removed_host_is_cut_off_and_refused_everywhere() {
     let b = ds.start(1).await;
     assert!(b.net.directory().is_removed(cid) && b.net.hosts().len() == 2);
     b.refused("removed-host", 1).await;
+    // The name is free for a new key.
+    let invitation = a.net.invite("host2", HOUR).unwrap();
+    let again = TempDir::new().unwrap();
+    let address = free_address();
+    let id = join(again.path(), &invitation, &address, &[]).await.unwrap();
+    assert_ne!(id.host(), cid);
+    let c = start(config(&address), id).await.unwrap();
+    eventually("back with a new key", || b.net.is_connected(c.id())).await;
+    // The old key and a new invitation do not make a host.
+    let invitation = a.net.invite("host9", HOUR).unwrap();
+    std::fs::remove_file(ds.dir(2).join("host.crt")).unwrap();
+    let err = join(&ds.dir(2), &invitation, &address, &[]).await.unwrap_err();
+    assert!(matches!(&err, NetError::Declined(why) if why.contains("was removed")), "{err}");
 }
 
 #[test]

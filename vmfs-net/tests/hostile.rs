@@ -188,19 +188,70 @@ async fn a_client_with_a_foreign_expired_or_no_certificate_gets_nowhere() {
 }
 
 #[tokio::test]
-async fn an_outdated_peer_gets_the_reason_as_a_typed_error() {
-    // The real dialler against a listener with an expired certificate in its hands is covered by
-    // HostIdentity::load; here a listener that answers with another version.
+async fn an_outdated_peer_is_told_why() {
     let (ds, a) = victim().await;
     let rogue = Rogue::as_host1(&ds, &a).await;
-    let (mut send, mut recv) = rogue.connection.open_bi().await.unwrap();
+    let (mut send, _recv) = rogue.connection.open_bi().await.unwrap();
     let h = Hello { version_min: 2, version_max: 3, ..hello(&ds) };
     send.write_all(&frame(0x01, &h.encode())).await.unwrap();
-    let end = recv.read_to_end(1000).await;
-    assert!(end.is_err());
     let ConnectionError::ApplicationClosed(close) = rogue.connection.closed().await else { panic!() };
     let text = String::from_utf8_lossy(&close.reason).into_owned();
     assert!(text.contains("it speaks protocol 2..3") && text.contains("this host 1..1"), "{text}");
+}
+
+/// The last error of host 0 about host 1.
+fn last_error(a: &Host) -> String {
+    let peers = a.net.peers();
+    let peer = peers.iter().find(|p| p.entry.name == "host1").unwrap();
+    assert!(peer.connection.is_none());
+    peer.last_error.clone().unwrap_or_default()
+}
+
+#[tokio::test]
+async fn dialling_a_host_of_another_version_is_a_typed_error_on_this_side_too() {
+    let ds = Datastore::new(2);
+    let id = ds.identity(1);
+    let key = PrivatePkcs8KeyDer::from(id.key().to_pkcs8_der().to_vec());
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut tls = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![id.certificate().clone()], key.into())
+        .unwrap();
+    tls.alpn_protocols = vec![b"vmfs/1".to_vec()];
+    let tls = quinn::crypto::rustls::QuicServerConfig::try_from(tls).unwrap();
+    let server = Endpoint::server(quinn::ServerConfig::with_crypto(Arc::new(tls)), ds.address(1)).unwrap();
+    let answer = frame(0x01, &Hello { version_min: 7, version_max: 9, ..hello(&ds) }.encode());
+    let rogue = tokio::spawn(async move {
+        let mut all = Vec::new();
+        while let Some(incoming) = server.accept().await {
+            let connection = incoming.await.unwrap();
+            let (mut send, recv) = connection.accept_bi().await.unwrap();
+            send.write_all(&answer).await.unwrap();
+            all.push((connection, send, recv));
+        }
+    });
+    let a = ds.start(0).await;
+    a.refused("version", 2).await;
+    let text = last_error(&a);
+    assert!(text.starts_with("host1: version: it speaks protocol 7..9"), "{text}");
+    rogue.abort();
+}
+
+#[tokio::test]
+async fn another_host_at_a_known_address_is_not_taken_for_it() {
+    let ds = Datastore::new(3);
+    let _c = start(config(&ds.addresses[1]), ds.identity(2)).await.unwrap();
+    let a = ds.start(0).await;
+    a.refused("wrong-host", 1).await;
+    eventually("told", || last_error(&a).contains("another host answers at this address")).await;
+    let other = Datastore::new(2);
+    let ds = Datastore::new(2);
+    let _z = start(config(&ds.addresses[1]), other.identity(1)).await.unwrap();
+    let a = ds.start(0).await;
+    a.refused("other-datastore", 1).await;
+    eventually("told", || last_error(&a).starts_with("host1 at 127.0.0.1:")).await;
 }
 
 #[tokio::test]

@@ -138,6 +138,9 @@ pub enum PkiError {
     /// The host was removed.
     #[error("host {0} was removed from this datastore")]
     Removed(HostId),
+    /// A host cannot remove itself.
+    #[error("host {0} is this host itself: remove it from another one that has the CA's key")]
+    OwnHost(HostId),
     /// The certificate could not be made.
     #[error("cannot make a certificate: {0}")]
     Issue(#[from] rcgen::Error),
