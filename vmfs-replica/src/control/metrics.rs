@@ -21,7 +21,12 @@ impl NodeControl {
         family("image_size_bytes", "gauge", "Size of the image.", each(&|i| i.size));
         family("image_stored_bytes", "gauge", "Bytes of blocks that hold data.", each(&|i| i.stored_bytes));
         family("image_seq", "counter", "Last update of this copy.", each(&|i| i.seq));
-        family("image_flushed_seq", "counter", "Last update acknowledged by a flush.", each(&|i| i.flushed_seq));
+        family(
+            "image_flushed_seq",
+            "counter",
+            "Last update acknowledged by a flush.",
+            each(&|i| i.flushed_seq),
+        );
         family("image_epoch", "counter", "Epoch of the image.", each(&|i| i.epoch));
         family("image_forks", "gauge", "Forks kept here.", each(&|i| i.forks));
         let states = status.images.iter().map(|i| {

@@ -40,7 +40,8 @@ impl NodeControl {
     }
 
     fn image(&self, path: &str) -> Result<Arc<Image>, ApiError> {
-        let not_found = || ApiError::not_found(format!("no image {path:?} on host {}", self.node.config.host));
+        let not_found =
+            || ApiError::not_found(format!("no image {path:?} on host {}", self.node.config.host));
         if path.len() > PATH_MAX_BYTES {
             return Err(not_found());
         }
@@ -252,7 +253,9 @@ impl NodeControl {
 
     fn fork_drop(&self, request: &ForkDropRequest) -> Result<ForkInfo, ApiError> {
         for image in self.node.images() {
-            let Some(info) = image.fork_infos().into_iter().find(|f| f.fork == request.fork) else { continue };
+            let Some(info) = image.fork_infos().into_iter().find(|f| f.fork == request.fork) else {
+                continue;
+            };
             let name = image.fork_name(&request.fork).unwrap_or_default();
             image.drop_fork(&name).map_err(ApiError::failed)?;
             return Ok(info);
@@ -286,7 +289,7 @@ impl NodeControl {
         Ok(InviteReport {
             name: request.name,
             expires_ms: invitation.expires_s().saturating_mul(1000),
-            token: invitation.to_token(),
+            token: invitation.to_string(),
         })
     }
 

@@ -116,12 +116,8 @@ impl NodeControl {
         if let Some(done) = image.pulling() {
             return Some(format!("copying blocks: {done} so far"));
         }
-        let missing: Vec<_> = status
-            .members
-            .iter()
-            .filter(|m| !m.connected)
-            .map(|m| self.node.host_name(m.host))
-            .collect();
+        let missing: Vec<_> =
+            status.members.iter().filter(|m| !m.connected).map(|m| self.node.host_name(m.host)).collect();
         match status.health {
             Health::Ok => None,
             Health::Degraded | Health::Stalled if !missing.is_empty() => {

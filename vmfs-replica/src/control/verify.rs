@@ -97,7 +97,11 @@ impl NodeControl {
             Ok(s) => s,
             Err(why) => {
                 let head = image.state().head().seq.0;
-                report.copies.push(copy(Some(format!("not compared with other hosts: {why}")), Some(head), None));
+                report.copies.push(copy(
+                    Some(format!("not compared with other hosts: {why}")),
+                    Some(head),
+                    None,
+                ));
                 return;
             }
         };

@@ -13,8 +13,8 @@ pub(crate) const BLOCKS_MAX: usize = 240;
 /// A question.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Ask {
-    /// Which image of yours, not unlinked, has this path?
-    Claim { path: String },
+    /// Which paths do your own images claim, unless nothing changed since this version?
+    Claims { known: u64 },
     /// Open (or go on opening) a frozen view of your image for me to copy.
     SyncOpen { image: ImageId, token: u64 },
     /// Children of a Merkle node of that view.
@@ -34,8 +34,8 @@ pub(crate) enum Ask {
 /// An answer; some carry raw bytes after it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Told {
-    /// To [`Ask::Claim`].
-    Claimed { image: Option<ImageId> },
+    /// To [`Ask::Claims`]. Raw: 8-byte hashes of paths.
+    Claims { version: u64 },
     /// Not yet: ask again.
     NotYet,
     /// To [`Ask::SyncOpen`]. Raw: the updates base, root and seal, then the state, with these lengths.

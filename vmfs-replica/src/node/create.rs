@@ -57,7 +57,7 @@ impl NodeInner {
         attrs: &Attrs,
         xattrs: &[(String, Vec<u8>)],
     ) -> Result<Arc<Image>, CreateError> {
-        if self.image_claiming(path).is_some() {
+        if self.image_claiming(path).is_some() || self.is_claimed_elsewhere(path) {
             return Err(CreateError::Exists);
         }
         let rule = self.config.policy_for(path);

@@ -44,7 +44,10 @@ impl Image {
         self.store.update_at(seq)
     }
     /// Reads and hashes everything.
-    pub(crate) fn verify_content(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport, StoreError> {
+    pub(crate) fn verify_content(
+        &self,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<VerifyReport, StoreError> {
         self.store.verify(progress)
     }
     /// Starts the repair of damaged blocks.

@@ -148,10 +148,7 @@ fn answer(node: &Arc<NodeInner>, from: HostId, ask: Ask) -> (Told, Vec<u8>) {
     let gone = || (Told::Gone, Vec::new());
     let member = |id| node.image(id).filter(|i| i.state().members.get(from).is_some() || i.is_learner(from));
     match ask {
-        Ask::Claim { path } => {
-            let image = node.image_claiming(&path).map(|i| i.id);
-            (Told::Claimed { image }, Vec::new())
-        }
+        Ask::Claims { known } => node.own_claims(known),
         Ask::SyncOpen { image, token } => match member(image) {
             Some(image) => node.sync_server.open(&image, from, token),
             None => gone(),

@@ -6,6 +6,7 @@
 
 mod ask;
 mod blocks;
+mod claims;
 mod create;
 mod execute;
 mod facts;
@@ -35,8 +36,8 @@ use vmfs_net::Network;
 use vmfs_proto::{Contact, Env, Identity, Timing};
 use vmfs_store::{ImageStore, Store};
 
-pub use create::CreateError;
 pub(crate) use ask::{Ask, Told};
+pub use create::CreateError;
 pub(crate) use image::Pending;
 pub use image::{FlushDone, Image, Wake};
 pub use io::IoError;
@@ -75,6 +76,7 @@ pub struct NodeInner {
     claims_version: AtomicU64,
     pub(crate) ring_bytes_per_image: usize,
     sync_server: Arc<SyncServer>,
+    peer_claims: Mutex<claims::PeerClaims>,
     stopping: tokio::sync::watch::Sender<bool>,
     /// Refusals before any image was involved, by reason, and the like.
     pub(crate) malformed_frames: AtomicU64,
@@ -170,6 +172,10 @@ impl NodeInner {
         let total = rustix::fs::statvfs(&self.config.store.dir)
             .map_or(free, |s| s.f_blocks.saturating_mul(s.f_frsize));
         (free, total)
+    }
+    /// The mount has changed a name: whoever shows claims looks again.
+    pub fn note_claims(&self) {
+        self.claims_changed();
     }
     /// The store of a host, if it was ever met.
     pub fn met_store(&self, host: HostId) -> Option<StoreId> {

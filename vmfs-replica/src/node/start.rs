@@ -98,6 +98,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
     net.advertise = config.network.advertise.as_ref().map(ToString::to_string);
     net.addresses = config.peers.iter().map(|(name, at)| (name.to_string(), at.to_string())).collect();
     net.roles = roles;
+    net.addresses = config.peers.iter().map(|(n, a)| (n.as_str().to_owned(), a.to_string())).collect();
     let ring_bytes_per_image = usize::try_from(config.replication.ring.bytes() / 2).unwrap_or(16 << 20);
     let node = Arc::new(NodeInner {
         identity,
@@ -113,6 +114,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
         claims_version: AtomicU64::new(1),
         ring_bytes_per_image,
         sync_server: Arc::new(SyncServer::default()),
+        peer_claims: Mutex::default(),
         stopping: watch::Sender::new(false),
         malformed_frames: AtomicU64::new(0),
         config,
@@ -130,6 +132,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
     incoming.attach(&node);
     node.spawn(node.clone().follow_network(events));
     node.spawn(node.clone().follow_clock());
+    node.spawn(node.clone().follow_claims());
     let maintainer = node.clone();
     std::thread::spawn(move || maintainer.maintain());
     Ok(Node(node))

@@ -306,10 +306,7 @@ fn losses_say_exactly_what_is_known() {
     let ends = Loss::EndsAt { seq: 812, time_ms, later_updates: None };
     assert_eq!(ends.to_string(), "ends at update 812 of 12:03:07 UTC; later updates had been acknowledged");
     let unknown = Loss::UnknownAfter { seq: 812, time_ms };
-    assert_eq!(
-        unknown.to_string(),
-        "ends at update 812; unknown after the last contact at 12:03:07 UTC"
-    );
+    assert_eq!(unknown.to_string(), "ends at update 812; unknown after the last contact at 12:03:07 UTC");
     let json = serde_json::to_string(&unknown).unwrap();
     assert_eq!(json, r#"{"kind":"unknown-after","seq":812,"time_ms":43387000}"#);
 }

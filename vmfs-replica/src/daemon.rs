@@ -1,0 +1,148 @@
+//! The `vmfs-replica` daemon (storage-only hosts and witnesses), and what both daemons share.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use vmfs_common::config::Config;
+use vmfs_net::HostRole;
+
+use crate::api::ControlServer;
+use crate::control::NodeControl;
+use crate::node::{self, Node};
+use crate::pid_file::PidFile;
+use crate::{config_file, sd_notify};
+
+#[derive(Debug, Parser)]
+#[command(version, about = "Keeps copies of VMFS images for other hosts, or votes as a witness")]
+struct Arguments {
+    /// Configuration of this host (see examples/vmfs.toml)
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+/// The program: arguments, configuration, running until SIGTERM or SIGINT. Exit code 0 after a clean
+/// stop, 1 when it could not start (one line on standard error says why), 2 for wrong usage.
+#[must_use]
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(a) => a,
+        Err(e) => return usage(&e),
+    };
+    run(
+        &arguments.config,
+        |config| {
+            anyhow::ensure!(config.mount.is_none(), "[mount] is for vmfs-fuse: this daemon has no mount");
+            Ok(vec![HostRole::Replica, HostRole::Witness])
+        },
+        |_, _| Ok(()),
+    )
+}
+
+/// Prints what clap has to say; help and version are no errors.
+#[must_use]
+pub fn usage(e: &clap::Error) -> ExitCode {
+    // Nothing to be done when even that cannot be printed.
+    let _ = e.print();
+    if e.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS }
+}
+
+/// Runs a daemon: `prepare` looks at the configuration and says the host's roles; `attach` puts
+/// something on top of the running engine, whose drop takes it down again.
+#[must_use]
+pub fn run<M>(
+    config: &Path,
+    prepare: impl FnOnce(&Config) -> anyhow::Result<Vec<HostRole>>,
+    attach: impl FnOnce(&Node, &Config) -> anyhow::Result<M>,
+) -> ExitCode {
+    let started = config_file::load(config)
+        .map_err(anyhow::Error::from)
+        .and_then(|c| {
+            let roles = prepare(&c).with_context(|| format!("config {}", config.display()))?;
+            Ok((c, roles))
+        })
+        .and_then(|(config, roles)| {
+            log_to_stderr(&config)?;
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .enable_all()
+                .thread_name("vmfs-net")
+                .max_blocking_threads(64)
+                .build()
+                .context("cannot start threads")?;
+            let result = runtime.block_on(serve(config, roles, attach));
+            // What still runs holds nothing that is not durable.
+            runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+            result
+        });
+    match started {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{}: {e:#}", program());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn program() -> String {
+    let arg = std::env::args_os().next().unwrap_or_default();
+    Path::new(&arg).file_name().map_or_else(|| "vmfs".to_owned(), |n| n.to_string_lossy().into_owned())
+}
+
+fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log).with_context(|| format!("log: {:?}", config.log))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .try_init()
+        .map_err(|e| anyhow::anyhow!("log: {e}"))
+}
+
+async fn serve<M>(
+    config: Config,
+    roles: Vec<HostRole>,
+    attach: impl FnOnce(&Node, &Config) -> anyhow::Result<M>,
+) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+    let _pid = config.control.pid_file.as_deref().map(PidFile::create).transpose()?;
+    let server = ControlServer::bind(&config.control.socket)?;
+    let metrics = match config.control.metrics_listen {
+        Some(address) => Some(crate::api::MetricsServer::bind(address).await?),
+        None => None,
+    };
+    let node = node::start(config.clone(), roles).await?;
+    let attached = match tokio::task::block_in_place(|| attach(&node, &config)) {
+        Ok(attached) => attached,
+        Err(e) => {
+            node.stop().await;
+            return Err(e);
+        }
+    };
+    let mount = config.mount.as_ref().map(|m| m.point.clone());
+    let control = Arc::new(NodeControl::new(node.clone(), mount));
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let wait = |mut s: tokio::sync::watch::Receiver<bool>| async move {
+        // An error means that the sender is gone: a stop as well.
+        let _ = s.wait_for(|s| *s).await;
+    };
+    let serving = tokio::spawn(server.serve(control.clone(), wait(stopped.clone())));
+    if let Some(metrics) = metrics {
+        tokio::spawn(metrics.serve(control, wait(stopped)));
+    }
+    sd_notify::ready();
+    tracing::info!(host = config.host.as_str(), "ready");
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("stopping (SIGTERM)"),
+        _ = interrupt.recv() => tracing::info!("stopping (SIGINT)"),
+    }
+    sd_notify::stopping();
+    tokio::task::block_in_place(|| drop(attached));
+    node.stop().await;
+    stop.send_replace(true);
+    serving.await.context("the control server")?.context("the control server")
+}
