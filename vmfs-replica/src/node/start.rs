@@ -99,6 +99,9 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
     net.addresses = config.peers.iter().map(|(name, at)| (name.to_string(), at.to_string())).collect();
     net.roles = roles;
     net.addresses = config.peers.iter().map(|(n, a)| (n.as_str().to_owned(), a.to_string())).collect();
+    let mut serial = [0; 4];
+    fill_random(&mut serial);
+    let first_claims_version = u64::from(u32::from_le_bytes(serial)) << 16;
     let ring_bytes_per_image = usize::try_from(config.replication.ring.bytes() / 2).unwrap_or(16 << 20);
     let node = Arc::new(NodeInner {
         identity,
@@ -111,7 +114,8 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
         contacts: RwLock::new(HashMap::new()),
         known_stores: Mutex::default(),
         started: Instant::now(),
-        claims_version: AtomicU64::new(1),
+        // Not the same after a restart, so that nobody takes the new claims for the old ones.
+        claims_version: AtomicU64::new(first_claims_version),
         ring_bytes_per_image,
         sync_server: Arc::new(SyncServer::default()),
         peer_claims: Mutex::default(),
