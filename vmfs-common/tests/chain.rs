@@ -1,6 +1,8 @@
 //! The chain's promises: an honest chain is accepted whole; every alteration is refused by its name.
 
-use vmfs_common::chain::{Draft, EpochAudit, EpochSecret, OwnerChain, Refusal, Tip, check_extends, check_seal};
+use vmfs_common::chain::{
+    Draft, EpochAudit, EpochSecret, OwnerChain, Refusal, Tip, check_extends, check_seal,
+};
 use vmfs_common::election::{
     CertificateError, EpochStart, Genesis, Mandate, Proposal, Vote, adopted_head, verify_votes,
 };
