@@ -1,6 +1,7 @@
 //! What other hosts' images are called, and what chains have to be told of names given here.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,8 @@ enum Burial {
 pub(crate) struct Chores {
     burials: Mutex<BTreeMap<ImageId, Burial>>,
     names: Mutex<BTreeSet<ImageId>>,
+    /// Something can be done before the next retry.
+    due: AtomicBool,
 }
 
 impl<B: Backend> Fs<B> {
@@ -112,6 +115,7 @@ impl<B: Backend> Fs<B> {
                     let due = matches!(result, Ok(()) | Err(Errno::NOENT));
                     let next = if due { Burial::Due } else { Burial::After(after) };
                     chores.burials.lock().insert(id, next);
+                    chores.due.store(due, Ordering::Relaxed);
                 };
                 self.backend.flush(after, None, Box::new(flushed));
             }
@@ -217,7 +221,8 @@ pub(crate) fn run_chores<B: Backend>(fs: &Weak<Fs<B>>, closed: &(Mutex<bool>, Co
             laid = Some(version);
             fs.sync_claims();
         }
-        if last_retry.elapsed() >= RETRY_AFTER {
+        let due = fs.chores.due.swap(false, Ordering::Relaxed);
+        if due || last_retry.elapsed() >= RETRY_AFTER {
             last_retry = Instant::now();
             fs.do_chores();
         }

@@ -116,7 +116,11 @@ fn copy_piece<B: Backend>(
         let hole = left.min(hole_end - source);
         return map(backend.zero(to, to_view, target, hole, SizeRule::Extend), |()| hole);
     }
-    let len = COPY_PIECE.min(u32::try_from(left).unwrap_or(COPY_PIECE));
+    let data = match backend.seek_hole(from, from_view, source) {
+        Ok(end) => left.min(end.saturating_sub(source)),
+        Err(errno) => return Attempt::err(errno),
+    };
+    let len = COPY_PIECE.min(u32::try_from(data).unwrap_or(COPY_PIECE));
     match backend.read(from, from_view, source, len, buf) {
         Attempt::Ready(Ok(())) if buf.is_empty() => Attempt::ok(0),
         Attempt::Ready(Ok(())) => map(backend.write(to, to_view, target, buf), |()| buf.len() as u64),

@@ -54,6 +54,7 @@ pub(crate) struct MemDisk {
 /// xorshift64*: enough for choosing sectors.
 pub(crate) struct Rng(u64);
 
+#[allow(dead_code)]
 impl Rng {
     pub(crate) fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
