@@ -113,6 +113,18 @@ impl Vote {
     }
 }
 
+/// Appends a vote's canonical form.
+pub fn encode_vote(w: &mut Writer, v: &Vote) {
+    v.encode(w);
+}
+/// Reads a vote's canonical form.
+///
+/// # Errors
+/// Truncated.
+pub fn decode_vote(r: &mut Reader<'_>) -> Result<Vote, CodecError> {
+    Vote::decode(r)
+}
+
 fn encode_epoch(w: &mut Writer, e: Epoch) {
     w.u64(e.number);
     w.bytes(e.host.as_bytes());

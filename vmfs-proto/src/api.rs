@@ -58,7 +58,10 @@ pub struct Env<'a> {
 
 impl fmt::Debug for Env<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Env").field("now", &self.now).field("log_start", &self.log_start).finish_non_exhaustive()
+        f.debug_struct("Env")
+            .field("now", &self.now)
+            .field("log_start", &self.log_start)
+            .finish_non_exhaustive()
     }
 }
 
@@ -166,8 +169,9 @@ pub enum Take {
     /// Append it, then [`crate::Machine::took`].
     Append,
     /// Roll back to `to` first, keeping the tail as a fork (durable on return), call
-    /// [`crate::Machine::rolled_back`], then append.
-    RollBackThenAppend {
+    /// [`crate::Machine::rolled_back`], then judge the same update again with
+    /// [`crate::Machine::check_update`].
+    RollBack {
         /// The common ancestor, which [`Env::history`] has confirmed.
         to: Head,
     },
@@ -475,6 +479,9 @@ pub enum OpError {
         /// The commit point.
         commit: Rank,
     },
+    /// The votes do not make a certificate.
+    #[error("the votes do not make a certificate: {0}")]
+    Certificate(#[from] vmfs_common::election::CertificateError),
     /// Two voted heads of equal rank differ.
     #[error("fork evidence: two different updates {} of one epoch", .0.seq)]
     Fork(Head, Head),
@@ -511,6 +518,15 @@ pub enum OpError {
     /// It took too long; ownership has not moved.
     #[error("timed out; ownership has not moved")]
     Timeout,
+    /// Elected, but the `EpochStart` is not yet durable on a quorum; served as soon as it is.
+    #[error("elected, but not yet durable on a quorum; the image is served as soon as it is")]
+    Uncommitted,
+    /// Ownership was contested meanwhile; the change may still take effect.
+    #[error("interrupted by an election; the change may still take effect")]
+    Interrupted,
+    /// Another host was elected meanwhile.
+    #[error("another host was elected meanwhile: epoch {0}")]
+    Overtaken(Epoch),
     /// The image's store has failed here.
     #[error("the store has failed")]
     StoreFailed,
@@ -571,6 +587,11 @@ pub enum Event {
         ours: Head,
         /// Theirs.
         theirs: Head,
+    },
+    /// The owner says that this host is no member any more.
+    Removed {
+        /// Who says so.
+        by: HostId,
     },
     /// A member has lost what it acknowledged.
     Amnesia {

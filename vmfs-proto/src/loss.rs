@@ -3,6 +3,12 @@
 use std::fmt;
 
 use vmfs_common::Seq;
+use vmfs_common::election::Vote;
+use vmfs_common::ids::HostId;
+use vmfs_common::policy::{Acks, MemberList, MemberRole, OnQuorumLoss};
+
+use crate::machine::Machine;
+use crate::meta::Rule;
 
 /// The loss statement of a promotion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,5 +47,53 @@ impl fmt::Display for Loss {
                 write!(f, "ends at update {seq}; unknown after the last contact with the old owner")
             }
         }
+    }
+}
+
+/// What the candidate can say with these votes, about the copy it holds now.
+pub(crate) fn state(m: &Machine, votes: &[Vote]) -> Loss {
+    let head = m.state.head();
+    let time_ns = m.state.tip.time_ns;
+    let commit = votes.iter().map(|v| v.commit).chain([m.meta.commit]).max().unwrap_or_default();
+    if commit > head.rank() {
+        let later_updates = (commit.0 == head.epoch).then(|| commit.1.0.saturating_sub(head.seq.0));
+        return Loss::EndsAt { seq: head.seq, time_ns, later_updates };
+    }
+    let took_part =
+        |h: HostId| h == m.id.host || votes.iter().any(|v| v.host == h && v.head.rank() <= head.rank());
+    // The owner's vote carries what it had acknowledged: nothing can be missing beyond it.
+    if took_part(m.epoch().host) {
+        return Loss::Nothing;
+    }
+    let rules = [Some(m.rule()), m.previous_rule().cloned()];
+    if rules.iter().flatten().any(|r| could_acknowledge(r, m.epoch().host, &took_part)) {
+        return Loss::UnknownAfter { seq: head.seq, time_ns: m.owner_heard_ns };
+    }
+    Loss::Nothing
+}
+
+/// Could the owner have had a flush acknowledged without anybody who took part?
+fn could_acknowledge(rule: &Rule, owner: HostId, took_part: &dyn Fn(HostId) -> bool) -> bool {
+    let list: &MemberList = &rule.members;
+    let absent = list.all().iter().filter(|m| !took_part(m.host));
+    let (headers, data) =
+        absent.fold((0, 0), |(h, d), m| (h + 1, d + usize::from(m.role == MemberRole::Replica)));
+    let (need_headers, need_data) = quorum_of(rule, rule.policy.on_quorum_loss == OnQuorumLoss::Degrade);
+    match rule.policy.acks {
+        Acks::Local => !took_part(owner),
+        Acks::All if rule.policy.on_quorum_loss == OnQuorumLoss::Stall => headers == list.len(),
+        Acks::Majority | Acks::All => headers >= need_headers && data >= need_data,
+    }
+}
+
+/// Headers and data copies that a commit needs; `degraded`: as few as the policy ever allows.
+pub(crate) fn quorum_of(rule: &Rule, degraded: bool) -> (usize, usize) {
+    let list = &rule.members;
+    let data = list.data_members().count();
+    let need_data = list.data_copies().min(data);
+    match degraded {
+        false => (list.quorum(), need_data),
+        true if list.len() == 2 && data == 2 => (1, 1),
+        true => (list.quorum(), 1),
     }
 }

@@ -1,25 +1,132 @@
-//! The machine's front: construction and the calls of the hot path.
+//! The machine's front: construction, the calls of the hot path, dispatch and timers.
 
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use vmfs_common::chain::{Draft, Refusal};
 use vmfs_common::codec::CodecError;
 use vmfs_common::election::Genesis;
 use vmfs_common::header::Update;
+use vmfs_common::ids::{Epoch, Head, HostId, ImageId, Millis, Seq};
+use vmfs_common::msg::ImageMsg;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
-use vmfs_common::{Head, HostId, ImageId, Millis};
 
-use crate::api::{Env, Gate, Identity, Input, Output, Take, Timing};
-use crate::status::Status;
+use crate::api::{Env, FlushError, Gate, Identity, Input, OpError, Output, Refused, Timing, Token, Wait};
+use crate::candidate::Candidate;
+use crate::follower::{BlockSync, Following};
+use crate::meta::Meta;
+use crate::owner::Owner;
+use crate::owner::handover::HandoverOp;
+use crate::voter::Promise;
 
-/// One image on one host. See [`crate::api`] for the contract.
+/// What this host is to the image at the moment.
+#[derive(Debug)]
+pub(crate) enum RoleState {
+    /// Holds a copy; follows whoever owns the image.
+    Follower,
+    /// Is being elected, or waits to be.
+    Candidate(Box<Candidate>),
+    /// Owns the image (its `EpochStart` may not be committed yet).
+    Owner(Box<Owner>),
+    /// The store has failed: takes part in nothing.
+    Failed,
+}
+
+/// A flush that waits.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Waiting {
+    pub(crate) token: Token,
+    /// Everything up to here.
+    pub(crate) target: Head,
+    pub(crate) since: Millis,
+}
+
+/// The one local sync that may be under way.
+#[derive(Debug, Default)]
+pub(crate) struct SyncState {
+    pub(crate) in_flight: bool,
+    /// More was appended or asked for since it began.
+    pub(crate) again: bool,
+    /// The copy was rolled back since it began: what it reports is void.
+    pub(crate) stale: bool,
+}
+
+/// One image on one host. See [`crate::api`] for the contract with the engine.
 #[derive(Debug)]
 pub struct Machine {
-    state: ImageState,
+    pub(crate) id: Arc<Identity>,
+    pub(crate) timing: Timing,
+    pub(crate) image: ImageId,
+    pub(crate) kind: MemberRole,
+    pub(crate) state: ImageState,
+    pub(crate) durable: Head,
+    pub(crate) meta: Meta,
+    pub(crate) meta_version: u64,
+    pub(crate) meta_persisted: u64,
+    pub(crate) meta_due: Option<Millis>,
+    pub(crate) connected: BTreeSet<HostId>,
+    pub(crate) refusals: BTreeMap<Refusal, u64>,
+    pub(crate) booted: Millis,
+    pub(crate) role: RoleState,
+    pub(crate) following: Option<Following>,
+    pub(crate) promise: Option<Promise>,
+    pub(crate) sync: SyncState,
+    /// The owner waits for acknowledgements: of the lowest and the highest of these.
+    pub(crate) ack_due: Option<(Seq, Seq)>,
+    /// A stream was refused: what is left of it is dropped until the owner offers again.
+    pub(crate) muted: bool,
+    pub(crate) flushes: VecDeque<Waiting>,
+    pub(crate) handover: Option<HandoverOp>,
+    pub(crate) block_sync: BlockSync,
+    /// The members' acknowledgements as the latest header states them, in the list's order.
+    pub(crate) acked_seen: (Epoch, Vec<Seq>),
+    /// When the owner was last heard, for loss statements.
+    pub(crate) owner_heard_ns: u64,
+    last_gates: Option<(Gate, Gate)>,
 }
 
 impl Machine {
+    #[expect(clippy::too_many_arguments, reason = "the three constructors share it")]
+    fn new(
+        env: &Env<'_>,
+        id: Arc<Identity>,
+        timing: Timing,
+        kind: MemberRole,
+        state: ImageState,
+        durable: Head,
+        meta: Meta,
+        booted: Millis,
+    ) -> Self {
+        Self {
+            id,
+            timing,
+            image: state.image,
+            kind,
+            owner_heard_ns: state.tip.time_ns.min(env.time_ns),
+            state,
+            durable,
+            meta,
+            meta_version: 0,
+            meta_persisted: 0,
+            meta_due: None,
+            connected: BTreeSet::new(),
+            refusals: BTreeMap::new(),
+            booted,
+            role: RoleState::Follower,
+            following: None,
+            promise: None,
+            sync: SyncState::default(),
+            ack_due: None,
+            muted: false,
+            flushes: VecDeque::new(),
+            handover: None,
+            block_sync: BlockSync::default(),
+            acked_seen: Default::default(),
+            last_gates: None,
+        }
+    }
+
     /// Creates the image here: this host owns it. Outputs the genesis `EpochStart`
     /// ([`Output::AppendLocal`]) and the first meta record. The image takes buffered writes at
     /// once; flushes wait for the quorum.
@@ -34,8 +141,25 @@ impl Machine {
         genesis: Genesis,
         out: &mut Vec<Output>,
     ) -> Self {
-        let _ = (env, identity, timing, genesis, out);
-        Self { state: ImageState::new(image) }
+        let me = genesis.members.get(identity.host).expect("invariant: the creator is a member");
+        assert!(
+            me.role == MemberRole::Replica && me.store == identity.store,
+            "invariant: the creator holds data"
+        );
+        let state = ImageState::new(image);
+        let mut m = Self::new(
+            env,
+            identity,
+            timing,
+            MemberRole::Replica,
+            state,
+            Head::default(),
+            Meta::default(),
+            env.now,
+        );
+        m.begin_genesis(env, genesis, out);
+        m.settle(env, out);
+        m
     }
 
     /// Takes up an image found in the store. `durable` is its head after the store's recovery has
@@ -55,8 +179,19 @@ impl Machine {
         meta: Option<&[u8]>,
         out: &mut Vec<Output>,
     ) -> Result<Self, CodecError> {
-        let _ = (env, identity, timing, kind, durable, meta, out);
-        Ok(Self { state })
+        let meta = meta.map(Meta::decode).transpose()?.unwrap_or_default();
+        let mut m = Self::new(env, identity, timing, kind, state, durable, meta, env.now);
+        if m.meta.forced.is_some_and(|f| !m.state.epochs.iter().any(|e| e.epoch == f)) {
+            // The separate lineage was decided on, and never begun.
+            m.meta.forced = None;
+        }
+        m.persist(out);
+        let mine = m.epoch().host == m.id.host && m.is_admitted();
+        if mine && kind == MemberRole::Replica {
+            m.bid_after_restart(env, out);
+        }
+        m.settle(env, out);
+        Ok(m)
     }
 
     /// An image this store knows nothing of, on its first `Offer` (whose `role` says what to keep).
@@ -68,8 +203,11 @@ impl Machine {
         kind: MemberRole,
         out: &mut Vec<Output>,
     ) -> Self {
-        let _ = (env, identity, timing, kind, out);
-        Self { state: ImageState::new(image) }
+        let state = ImageState::new(image);
+        let mut m = Self::new(env, identity, timing, kind, state, Head::default(), Meta::default(), env.now);
+        m.persist(out);
+        m.settle(env, out);
+        m
     }
 
     /// The state after the head.
@@ -81,15 +219,24 @@ impl Machine {
     /// May a guest write now?
     #[must_use]
     pub fn may_write(&self, now: Millis) -> Gate {
-        let _ = (self, now);
-        Gate::Open
+        match &self.role {
+            RoleState::Failed => Gate::Refused(Refused::Failed),
+            RoleState::Follower => Gate::Refused(Refused::NotOwner),
+            RoleState::Candidate(_) => Gate::Wait(Wait::Election),
+            RoleState::Owner(o) => o.write_gate(now, &self.state, &self.timing),
+        }
     }
 
     /// May a guest read now? A replica may always be read: what it shows is a prefix.
     #[must_use]
     pub fn may_read(&self, now: Millis) -> Gate {
-        let _ = (self, now);
-        Gate::Open
+        match &self.role {
+            RoleState::Failed => Gate::Refused(Refused::Failed),
+            _ if self.kind == MemberRole::Witness => Gate::Refused(Refused::NoData),
+            RoleState::Follower => Gate::Open,
+            RoleState::Candidate(_) => Gate::Wait(Wait::Election),
+            RoleState::Owner(o) => o.read_gate(now, &self.state),
+        }
     }
 
     /// Makes the next update. The caller has asked [`Machine::may_write`] under the same lock and
@@ -98,58 +245,268 @@ impl Machine {
     /// # Panics
     /// When this host is not the owner.
     pub fn append(&mut self, env: &mut Env<'_>, draft: Draft, out: &mut Vec<Output>) -> Update {
-        let _ = (&self, env, draft, out);
-        unimplemented!()
-    }
-
-    /// Judges an update frame. The payload has been checked against the digests before (see
-    /// [`Machine::refuse`]). Changes nothing but counters and answers.
-    ///
-    /// # Errors
-    /// The reason, which has been counted and told to the sender.
-    pub fn check_update(
-        &mut self,
-        env: &mut Env<'_>,
-        from: HostId,
-        update: &Update,
-        out: &mut Vec<Output>,
-    ) -> Result<Take, Refusal> {
-        let _ = (&self, env, from, update, out);
-        Err(Refusal::NotOwner)
-    }
-
-    /// Counts and answers a refusal that the engine found (malformed frame, altered payload).
-    pub fn refuse(&mut self, env: &mut Env<'_>, from: HostId, update: Option<&Update>, why: Refusal, out: &mut Vec<Output>) {
-        let _ = (&self, env, from, update, why, out);
-    }
-
-    /// The store has appended an update that [`Machine::check_update`] found good.
-    pub fn took(&mut self, env: &mut Env<'_>, update: &Update, out: &mut Vec<Output>) {
-        let _ = (&self, env, update, out);
-    }
-
-    /// The store has rolled back, durably.
-    pub fn rolled_back(&mut self, env: &mut Env<'_>, state: ImageState, out: &mut Vec<Output>) {
-        let _ = (env, out);
-        self.state = state;
+        let update = self.make_update(env, Some(draft), out);
+        self.settle(env, out);
+        update
     }
 
     /// Everything else.
     pub fn handle(&mut self, env: &mut Env<'_>, input: Input, out: &mut Vec<Output>) {
-        let _ = (&self, env, input, out);
+        if matches!(self.role, RoleState::Failed) {
+            self.handle_failed(input, out);
+            return;
+        }
+        match input {
+            Input::Tick => self.tick(env, out),
+            Input::PeerUp { host } => self.peer_up(env, host, out),
+            Input::PeerDown { host } => self.peer_down(env, host, out),
+            Input::Msg { from, msg } => self.message(env, from, *msg, out),
+            Input::Flush { token } => self.flush(env, token, out),
+            Input::Synced { head } => self.synced(env, head, out),
+            Input::MetaPersisted { version } => {
+                self.meta_persisted = self.meta_persisted.max(version);
+                self.meta_was_persisted(env, out);
+            }
+            Input::StoreFailed => self.store_failed(out),
+            Input::Imported { state } => self.imported(env, *state, out),
+            Input::ImportFailed => self.block_sync = BlockSync::Retry(env.now.plus(4 * self.timing.retry_ms)),
+            Input::StreamProgress { to, seq } => self.stream_progress(to, seq),
+            Input::Promote { force, token } => self.promote(env, force, token, out),
+            Input::Handover { to, token } => self.hand_over(env, to, token, out),
+            Input::AddMember { member, token } => self.add_member(env, member, token, out),
+            Input::RemoveMember { host, token } => self.remove_member(env, host, token, out),
+            Input::SetPolicy { policy, token } => self.set_policy(env, policy, token, out),
+            Input::Fail { token } => {
+                self.fail_flushes(FlushError::GivenUp, out);
+                out.push(Output::FailWaiting);
+                op_done(out, token, Ok(crate::api::OpOutcome::Done));
+            }
+            Input::AbandonForced { token } => self.abandon_forced(env, token, out),
+        }
+        self.settle(env, out);
+    }
+
+    fn message(&mut self, env: &mut Env<'_>, from: HostId, msg: ImageMsg, out: &mut Vec<Output>) {
+        match msg {
+            ImageMsg::Propose { proposal, occasion, head, consent } => {
+                self.on_propose(env, from, proposal, occasion, head, consent, out);
+            }
+            ImageMsg::Voted { vote, share } => self.on_voted(env, from, vote, share, out),
+            ImageMsg::VoteRefused { ballot, why } => self.on_vote_refused(env, from, ballot, why, out),
+            ImageMsg::FetchHeaders { join, upto, after: _ } => {
+                self.on_fetch_headers(env, from, &join, upto, out)
+            }
+            ImageMsg::Headers { parent, headers, upto } => {
+                self.on_headers(env, from, parent, &headers, upto, out)
+            }
+            ImageMsg::FetchUpdates { after, upto, witness } => {
+                out.push(Output::ServeUpdates { to: from, after, upto, headers_only: witness });
+            }
+            ImageMsg::FetchFailed { upto, .. } => self.on_fetch_failed(env, from, upto, out),
+            ImageMsg::Offer { head: _, start, log_start: _, certificate, role: _ } => {
+                self.on_offer(env, from, start, &certificate, out);
+            }
+            ImageMsg::Join(join) => self.on_join(env, from, &join, out),
+            ImageMsg::Behind { .. } => self.on_behind(from, out),
+            ImageMsg::Sync { seq, commit } => self.on_sync(env, from, seq, commit, out),
+            ImageMsg::Ack { head, store } => self.on_ack(env, from, head, store, out),
+            ImageMsg::Refused { why, seq, promised, join: _ } => {
+                self.on_refused(env, from, why, seq, promised, out);
+            }
+            ImageMsg::Share { epoch, share } => self.on_share(env, from, epoch, share),
+            ImageMsg::Handover { head } => self.on_handover(env, from, head, out),
+            ImageMsg::HandoverDone { done } => self.on_handover_done(env, from, done, out),
+            ImageMsg::WhoOwns { .. } => self.on_who_owns(env, from, out),
+            ImageMsg::NotMember { .. } => self.on_not_member(from, out),
+        }
+    }
+
+    fn peer_up(&mut self, env: &mut Env<'_>, host: HostId, out: &mut Vec<Output>) {
+        self.connected.insert(host);
+        self.owner_peer_up(env, host, out);
+        self.candidate_peer_up(env, host, out);
+    }
+
+    fn peer_down(&mut self, env: &mut Env<'_>, host: HostId, out: &mut Vec<Output>) {
+        self.connected.remove(&host);
+        if self.following.as_ref().is_some_and(|f| f.host == host) {
+            self.following = None;
+            self.ack_due = None;
+        }
+        self.owner_peer_down(host);
+        self.candidate_peer_down(env, host, out);
+    }
+
+    fn tick(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
+        if self.meta_due.is_some_and(|t| t <= env.now) {
+            self.persist(out);
+        }
+        if matches!(self.block_sync, BlockSync::Retry(t) if t <= env.now) {
+            self.block_sync = BlockSync::Idle;
+            self.send_join(out);
+        }
+        self.handover_tick(env, out);
+        self.candidate_tick(env, out);
+        self.owner_tick(env, out);
+        if let Some(limit) = self.timing.stall_timeout_ms {
+            while self.flushes.front().is_some_and(|f| env.now.since(f.since) >= limit) {
+                let f = self.flushes.pop_front().expect("invariant: just looked at");
+                out.push(Output::FlushDone { token: f.token, result: Err(FlushError::Timeout) });
+            }
+        }
     }
 
     /// When to call again with [`Input::Tick`]; `None`: nothing is due.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Millis> {
-        let _ = self;
-        None
+        let stall =
+            self.timing.stall_timeout_ms.and_then(|ms| self.flushes.front().map(|f| f.since.plus(ms)));
+        let sync = match self.block_sync {
+            BlockSync::Retry(t) => Some(t),
+            _ => None,
+        };
+        let role = match &self.role {
+            RoleState::Candidate(c) => c.deadline(&self.timing),
+            RoleState::Owner(o) => o.deadline(&self.timing),
+            RoleState::Follower | RoleState::Failed => None,
+        };
+        let handover = self.handover.as_ref().map(|h| h.deadline);
+        [self.meta_due, stall, sync, role, handover].into_iter().flatten().min()
     }
 
-    /// What `vmfs status` shows.
-    #[must_use]
-    pub fn status(&self, now: Millis) -> Status {
-        let _ = (self, now);
-        unimplemented!()
+    /// After every call: what follows from whatever has just changed.
+    pub(crate) fn settle(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
+        self.advance_promise(env, out);
+        self.advance_owner(env, out);
+        let gates = (self.may_read(env.now), self.may_write(env.now));
+        if self.last_gates.replace(gates).is_some_and(|before| before != gates) {
+            out.push(Output::GateChanged);
+        }
     }
+
+    fn handle_failed(&mut self, input: Input, out: &mut Vec<Output>) {
+        match input {
+            Input::Flush { token } => {
+                out.push(Output::FlushDone { token, result: Err(FlushError::StoreFailed) });
+            }
+            Input::Promote { token, .. }
+            | Input::Handover { token, .. }
+            | Input::AddMember { token, .. }
+            | Input::RemoveMember { token, .. }
+            | Input::SetPolicy { token, .. }
+            | Input::AbandonForced { token } => op_done(out, token, Err(OpError::StoreFailed)),
+            Input::Fail { token } => op_done(out, token, Ok(crate::api::OpOutcome::Done)),
+            Input::PeerUp { host } => {
+                self.connected.insert(host);
+            }
+            Input::PeerDown { host } => {
+                self.connected.remove(&host);
+            }
+            Input::Msg { from, msg } => {
+                if let ImageMsg::Propose { proposal, .. } = *msg {
+                    let why = vmfs_common::msg::VoteRefusal::StoreFailed;
+                    send(out, from, ImageMsg::VoteRefused { ballot: proposal.ballot, why });
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn store_failed(&mut self, out: &mut Vec<Output>) {
+        self.fail_flushes(FlushError::StoreFailed, out);
+        self.fail_ops(&OpError::StoreFailed, out);
+        for host in &self.connected {
+            out.push(Output::StopStream { to: *host });
+        }
+        self.role = RoleState::Failed;
+        self.promise = None;
+        out.push(Output::GateChanged);
+    }
+
+    // --- what all roles use ---
+
+    /// The latest epoch of this copy's chain.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.state.epoch_start().map(|e| e.epoch).unwrap_or_default()
+    }
+
+    /// The highest ballot promised, durably or about to be.
+    pub(crate) fn promised(&self) -> Epoch {
+        self.promise.as_ref().map_or(self.meta.promised, |p| p.proposal.ballot.max(self.meta.promised))
+    }
+
+    /// True when this host with this store is in the member list of its own copy.
+    pub(crate) fn is_admitted(&self) -> bool {
+        self.state.members.get(self.id.host).is_some_and(|m| m.store == self.id.store)
+    }
+
+    /// Persists the meta record now; returns its version.
+    pub(crate) fn persist(&mut self, out: &mut Vec<Output>) -> u64 {
+        self.meta_version += 1;
+        self.meta_due = None;
+        out.push(Output::PersistMeta { version: self.meta_version, bytes: self.meta.encode() });
+        self.meta_version
+    }
+
+    /// Persists the meta record before long.
+    pub(crate) fn persist_later(&mut self, now: Millis) {
+        if self.meta_due.is_none() {
+            self.meta_due = Some(now.plus(self.timing.meta_interval_ms));
+        }
+    }
+
+    /// Sees to it that everything appended by now becomes durable.
+    pub(crate) fn want_sync(&mut self, out: &mut Vec<Output>) {
+        if self.sync.in_flight {
+            self.sync.again = true;
+        } else if self.durable != self.state.head() {
+            self.sync.in_flight = true;
+            out.push(Output::LocalSync);
+        }
+    }
+
+    fn synced(&mut self, env: &mut Env<'_>, head: Head, out: &mut Vec<Output>) {
+        let stale = std::mem::take(&mut self.sync.stale);
+        self.sync.in_flight = false;
+        if !stale && head.seq >= self.durable.seq && head.seq <= self.state.head().seq {
+            self.durable = head;
+        }
+        if std::mem::take(&mut self.sync.again) || stale {
+            self.want_sync(out);
+        }
+        self.ack_if_due(env, out);
+    }
+
+    fn meta_was_persisted(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
+        self.ack_if_due(env, out);
+        self.change_persisted(env, out);
+    }
+
+    pub(crate) fn fail_flushes(&mut self, why: FlushError, out: &mut Vec<Output>) {
+        for f in self.flushes.drain(..) {
+            out.push(Output::FlushDone { token: f.token, result: Err(why) });
+        }
+    }
+
+    /// Answers every operation that is under way with `why`.
+    pub(crate) fn fail_ops(&mut self, why: &OpError, out: &mut Vec<Output>) {
+        let tokens: Vec<Token> = match &mut self.role {
+            RoleState::Candidate(c) => c.token.take().into_iter().collect(),
+            RoleState::Owner(o) => o.take_tokens(),
+            RoleState::Follower | RoleState::Failed => Vec::new(),
+        };
+        for token in tokens {
+            op_done(out, token, Err(why.clone()));
+        }
+    }
+}
+
+/// Queues a message.
+pub(crate) fn send(out: &mut Vec<Output>, to: HostId, msg: ImageMsg) {
+    out.push(Output::Send { to, msg: Box::new(msg) });
+}
+
+/// Answers an operation.
+pub(crate) fn op_done(out: &mut Vec<Output>, token: Token, result: Result<crate::api::OpOutcome, OpError>) {
+    out.push(Output::OpDone { token, result });
 }

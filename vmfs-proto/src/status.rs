@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use vmfs_common::chain::Refusal;
 use vmfs_common::policy::{ImagePolicy, MemberRole};
-use vmfs_common::{Epoch, Head, HostId, Seq};
+use vmfs_common::{Epoch, Head, HostId, Millis, Seq};
+
+use crate::follower::BlockSync;
+use crate::machine::{Machine, RoleState};
 
 /// What this host is to the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -91,4 +94,100 @@ pub struct Status {
     pub flushes_waiting: usize,
     /// Bytes appended and not committed (owner).
     pub uncommitted_bytes: u64,
+}
+
+impl Machine {
+    /// What `vmfs status` shows.
+    #[must_use]
+    pub fn status(&self, now: Millis) -> Status {
+        let (commit, flushed_seq, degraded, uncommitted_bytes) = match &self.role {
+            RoleState::Owner(o) => (o.commit, o.flushed, o.degraded, o.uncommitted_bytes()),
+            _ => (Seq::ZERO, self.meta.commit.1, false, 0),
+        };
+        let epoch = self.following.as_ref().map_or(self.epoch(), |f| f.start.epoch.max(self.epoch()));
+        Status {
+            role: match &self.role {
+                RoleState::Owner(_) => Role::Owner,
+                RoleState::Candidate(c) if c.persistent => Role::Owner,
+                _ if self.kind == MemberRole::Witness => Role::Witness,
+                _ => Role::Replica,
+            },
+            owner: (epoch.number > 0).then_some(epoch.host),
+            epoch,
+            head: self.state.head(),
+            durable: self.durable,
+            flushed_seq,
+            commit,
+            health: self.health(now),
+            degraded,
+            forced: self.meta.forced.is_some(),
+            lineage: self.meta.lineage,
+            policy: self.state.policy,
+            members: self.member_status(now),
+            refusals: self.refusals.clone(),
+            flushes_waiting: self.flushes.len(),
+            uncommitted_bytes,
+        }
+    }
+
+    fn health(&self, now: Millis) -> Health {
+        match &self.role {
+            RoleState::Failed => Health::Failed,
+            RoleState::Candidate(_) => Health::Stalled,
+            RoleState::Owner(o) => {
+                let stalled = self.flushes.front().is_some_and(|f| now.since(f.since) > self.timing.lease_ms);
+                let gate = self.may_write(now);
+                let missing = o.links.values().any(|l| l.admitted && (!l.streaming || l.acked < o.commit));
+                if gate != crate::api::Gate::Open || stalled {
+                    Health::Stalled
+                } else if o.degraded || missing {
+                    Health::Degraded
+                } else {
+                    Health::Ok
+                }
+            }
+            RoleState::Follower => match &self.following {
+                _ if matches!(self.block_sync, BlockSync::Running) => Health::CatchingUp,
+                None if self.promised() > self.epoch() => Health::Fenced,
+                None => Health::Stalled,
+                Some(f) if f.start.epoch > self.epoch() => Health::CatchingUp,
+                Some(_) if self.muted => Health::CatchingUp,
+                Some(_) => Health::Ok,
+            },
+        }
+    }
+
+    fn member_status(&self, now: Millis) -> Vec<MemberStatus> {
+        let head = self.state.head().seq;
+        let row = |host: HostId, role: MemberRole, admitted: bool| {
+            let mine = host == self.id.host;
+            let connected = mine || self.connected.contains(&host);
+            let link = match &self.role {
+                RoleState::Owner(o) => o.links.get(&host).map(|l| (o, l)),
+                _ => None,
+            };
+            let (health, seq, durable_seq, lag_bytes) = match link {
+                _ if mine => (self.health(now), head, self.durable.seq, 0),
+                Some((_, l)) if l.fenced => (Health::Fenced, l.sent, l.acked, 0),
+                Some((o, l)) if l.streaming => {
+                    let behind = l.acked < o.commit;
+                    let health = if behind { Health::CatchingUp } else { Health::Ok };
+                    (health, l.sent, l.acked, o.bytes_after(l.acked))
+                }
+                Some((o, l)) => {
+                    let health = if connected { Health::CatchingUp } else { Health::Stalled };
+                    (health, l.sent, l.acked, o.bytes_after(l.acked))
+                }
+                None => (if connected { Health::Ok } else { Health::Stalled }, Seq::ZERO, Seq::ZERO, 0),
+            };
+            MemberStatus { host, role, admitted, connected, health, seq, durable_seq, lag_bytes }
+        };
+        let mut rows: Vec<MemberStatus> =
+            self.state.members.all().iter().map(|m| row(m.host, m.role, true)).collect();
+        if let RoleState::Owner(o) = &self.role {
+            let learners = o.links.iter().filter(|(h, _)| self.state.members.get(**h).is_none());
+            rows.extend(learners.map(|(h, l)| row(*h, l.role, false)));
+        }
+        rows
+    }
 }

@@ -1,0 +1,217 @@
+//! Following an owner: its offer, our head, the stream, and block-level sync.
+
+use vmfs_common::chain::Refusal;
+use vmfs_common::election::{EpochStart, Mandate, adopted_head};
+use vmfs_common::header::Update;
+use vmfs_common::ids::{Head, HostId, Millis, Seq};
+use vmfs_common::msg::{ImageMsg, Join};
+use vmfs_common::op::Op;
+use vmfs_common::policy::{MemberList, MemberRole};
+use vmfs_common::state::ImageState;
+
+use crate::api::{Env, Event, FlushError, OpError, Output};
+use crate::lineage::marks;
+use crate::machine::{Machine, RoleState, send};
+
+/// The owner that this copy follows, as it has stated itself on the present connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Following {
+    pub(crate) host: HostId,
+    /// Its `EpochStart`.
+    pub(crate) start: Head,
+    /// What that was put on, as its certificate says.
+    pub(crate) parent: Head,
+    /// The certificate holds under a member list that this copy knows to have been in force: a
+    /// diverging tail may be cut for it, and an owner be deposed.
+    pub(crate) certified: bool,
+}
+
+/// Block-level sync.
+#[derive(Debug, Default)]
+pub(crate) enum BlockSync {
+    /// None.
+    #[default]
+    Idle,
+    /// The engine copies.
+    Running,
+    /// To be asked for again.
+    Retry(Millis),
+}
+
+impl Machine {
+    /// What this copy holds.
+    pub(crate) fn join(&self) -> Join {
+        Join {
+            store: self.id.store,
+            head: self.state.head(),
+            durable: self.durable,
+            marks: marks(&self.state),
+            witness: self.kind == MemberRole::Witness,
+        }
+    }
+
+    pub(crate) fn send_join(&mut self, out: &mut Vec<Output>) {
+        if let Some(f) = &self.following {
+            self.muted = false;
+            send(out, f.host, ImageMsg::Join(self.join()));
+        }
+    }
+
+    pub(crate) fn on_offer(
+        &mut self,
+        env: &mut Env<'_>,
+        from: HostId,
+        start: Head,
+        certificate: &[u8],
+        out: &mut Vec<Output>,
+    ) {
+        if start.epoch.host != from {
+            self.refuse(env, from, None, Refusal::NotOwner, out);
+            return;
+        }
+        let current = self.epoch();
+        let bound = current.max(self.promised());
+        if start.epoch < bound {
+            self.refuse(env, from, None, Refusal::Promised, out);
+            return;
+        }
+        if self.meta.forced.is_some() && start.epoch != current {
+            // A lineage that an operator has split off meets the other one: both are kept.
+            self.note_foreign(start, out);
+            self.refuse(env, from, None, Refusal::Fork, out);
+            return;
+        }
+        let (parent, certified) = if start.epoch == current {
+            let own = *self.state.epoch_start().expect("invariant: a current epoch has a start");
+            if own.start != start {
+                self.note_foreign(start, out);
+                self.refuse(env, from, None, Refusal::Fork, out);
+                return;
+            }
+            (own.parent, true)
+        } else {
+            match self.check_certificate(start, certificate) {
+                Ok(known) => known,
+                Err(why) => {
+                    if why == Refusal::Fork {
+                        self.note_foreign(start, out);
+                    }
+                    self.refuse(env, from, None, why, out);
+                    return;
+                }
+            }
+        };
+        if !matches!(self.role, RoleState::Follower) {
+            if !certified {
+                // Only a certified epoch deposes.
+                self.refuse(env, from, None, Refusal::BadCertificate, out);
+                return;
+            }
+            self.become_follower(env, Some(start.epoch), out);
+        }
+        self.following = Some(Following { host: from, start, parent, certified });
+        self.owner_heard_ns = env.time_ns;
+        self.ack_due = None;
+        self.send_join(out);
+        self.handover_taken(start.epoch, out);
+    }
+
+    /// The parent of the offered `EpochStart`, and whether its certificate holds under a member list
+    /// known here: the one at the head, or the one before a change that may not be committed.
+    fn check_certificate(&self, start: Head, certificate: &[u8]) -> Result<(Head, bool), Refusal> {
+        let update = Update::decode(certificate).map_err(|_| Refusal::Malformed)?;
+        let h = &update.header;
+        let Op::EpochStart(args) = &h.op else { return Err(Refusal::BadCertificate) };
+        let p = &args.proposal;
+        let same = update.head() == start && p.image == h.image && p.ballot == h.epoch && p.pub0 == h.public;
+        if !same || h.image != self.image || p.datastore != self.id.datastore {
+            return Err(Refusal::BadCertificate);
+        }
+        let parent = match &args.mandate {
+            Mandate::Votes(votes) => adopted_head(votes).map_err(|_| Refusal::BadCertificate)?,
+            Mandate::Forced(list) => {
+                if self.is_admitted() && list.get(self.id.host).is_none() {
+                    return Err(Refusal::Fork);
+                }
+                return Ok((Head { digest: h.parent, seq: h.seq.prev(), ..Head::default() }, false));
+            }
+            Mandate::Genesis(_) if self.state.head().seq > Seq::ZERO => return Err(Refusal::Fork),
+            Mandate::Genesis(_) => return Ok((Head::default(), false)),
+        };
+        if parent.digest != h.parent || parent.seq.next() != h.seq {
+            return Err(Refusal::BadCertificate);
+        }
+        let lists = [Some(&self.state.members), self.meta.previous.as_ref().map(|r| &r.members)];
+        let holds = |l: &MemberList| !l.is_empty() && l.digest() == args.proposal.members;
+        match lists.into_iter().flatten().find(|l| holds(l)) {
+            Some(list) => verify(args, h.seq, &parent, list).map(|()| (parent, true)),
+            // Another list, not known here yet: the updates that lead to it will tell.
+            None => Ok((parent, false)),
+        }
+    }
+
+    /// Gives up candidacy or ownership: to the certified epoch `by`, or because an election came to
+    /// nothing.
+    pub(crate) fn become_follower(
+        &mut self,
+        env: &mut Env<'_>,
+        by: Option<vmfs_common::Epoch>,
+        out: &mut Vec<Output>,
+    ) {
+        if let Some(by) = by {
+            let why = match self.role {
+                RoleState::Candidate(_) => OpError::Overtaken(by),
+                _ => OpError::NotOwner,
+            };
+            self.fail_ops(&why, out);
+            if self.epoch().host == self.id.host {
+                out.push(Output::Report(Event::Deposed { by }));
+            }
+        }
+        self.stop_streams(out);
+        self.role = RoleState::Follower;
+        self.promise = self.promise.take().filter(|p| p.from != self.id.host);
+        self.fail_flushes(FlushError::NotOwner, out);
+        self.settle(env, out);
+    }
+
+    pub(crate) fn on_behind(&mut self, from: HostId, out: &mut Vec<Output>) {
+        let mine = self.following.as_ref().is_some_and(|f| f.host == from);
+        if mine && matches!(self.block_sync, BlockSync::Idle) && matches!(self.role, RoleState::Follower) {
+            self.block_sync = BlockSync::Running;
+            out.push(Output::StartBlockSync { from });
+        }
+    }
+
+    /// Block-level sync has put another state in place, durably.
+    pub(crate) fn imported(&mut self, env: &mut Env<'_>, state: ImageState, out: &mut Vec<Output>) {
+        self.block_sync = BlockSync::Idle;
+        let (before, after) = (self.state.head(), state.head());
+        if before.seq > Seq::ZERO {
+            self.meta.lineage += 1;
+            out.push(Output::Report(Event::RolledBack { from: before, to: after }));
+        }
+        self.state = state;
+        self.durable = after;
+        self.sync.stale = self.sync.in_flight;
+        self.acked_seen.1.clear();
+        self.meta.floor = None;
+        self.meta.previous = None;
+        self.meta.acked = self.meta.acked.min(after.rank());
+        self.persist(out);
+        self.send_join(out);
+        self.settle(env, out);
+    }
+
+    pub(crate) fn on_not_member(&mut self, from: HostId, out: &mut Vec<Output>) {
+        let owner = self.following.as_ref().is_some_and(|f| f.host == from) || self.epoch().host == from;
+        if owner && matches!(self.role, RoleState::Follower) {
+            self.following = None;
+            out.push(Output::Report(Event::Removed { by: from }));
+        }
+    }
+}
+
+fn verify(args: &EpochStart, seq: Seq, parent: &Head, list: &MemberList) -> Result<(), Refusal> {
+    args.verify(seq, parent, list).map_err(|_| Refusal::BadCertificate)
+}

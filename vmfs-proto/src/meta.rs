@@ -1,0 +1,242 @@
+//! The machine's own durable record: promises above all. Encoded here, stored by the engine.
+
+use vmfs_common::codec::{CodecError, Reader, Writer};
+use vmfs_common::election::{Rank, Vote, decode_head, decode_vote, encode_head, encode_vote};
+use vmfs_common::ids::{Digest, Epoch, Head, HostId, Seq};
+use vmfs_common::policy::{Acks, ImagePolicy, MemberList, OnQuorumLoss};
+
+const MAGIC: [u8; 4] = *b"VMM1";
+const VERSION: u32 = 1;
+/// Epochs whose shares are kept.
+const SHARES_MAX: usize = 4;
+const SHARE_MAX_BYTES: usize = 64;
+
+/// The members and policy that commits are counted by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Rule {
+    pub(crate) members: MemberList,
+    pub(crate) policy: ImagePolicy,
+    /// The update that replaced it; zero while that is about to be appended.
+    pub(crate) changed_at: Seq,
+}
+
+impl Rule {
+    /// True when flushes under the new rule could do without somebody that this one asks.
+    pub(crate) fn is_weakened_by(&self, members: &MemberList, policy: ImagePolicy) -> bool {
+        let acks = |a| match a {
+            Acks::Local => 0,
+            Acks::Majority => 1,
+            Acks::All => 2,
+        };
+        self.members.all().iter().any(|m| members.get(m.host).is_none())
+            || acks(policy.acks) < acks(self.policy.acks)
+            || (policy.on_quorum_loss == OnQuorumLoss::Degrade
+                && self.policy.on_quorum_loss == OnQuorumLoss::Stall)
+    }
+}
+
+/// Everything a machine must remember beside the chain.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Meta {
+    /// Highest ballot promised, its own included. Updates of lower epochs are refused for ever.
+    /// Durable before the vote is sent, and before the own proposal is.
+    pub(crate) promised: Epoch,
+    /// The vote that went with it: a retry of the same proposal gets the same vote.
+    pub(crate) vote: Option<Vote>,
+    /// Secret of the last epoch this host began: published in the next `EpochStart`.
+    pub(crate) begun: Option<(Epoch, [u8; 32])>,
+    /// Secret of the epoch this host is bidding for. Durable before the proposal is sent.
+    pub(crate) bid: Option<(Epoch, [u8; 32])>,
+    /// Shares of other owners' secrets, oldest epoch first.
+    pub(crate) shares: Vec<(Epoch, Vec<u8>)>,
+    /// Highest commit point seen. Persisted lazily, and with every vote.
+    pub(crate) commit: Rank,
+    /// Highest head acknowledged to an owner. Persisted lazily; lowered only by a roll-back.
+    pub(crate) acked: Rank,
+    /// While set, everything above it came from a later owner than it belongs to and is not vouched
+    /// for yet: votes name this head, and cut the rest.
+    pub(crate) floor: Option<Head>,
+    /// The separate lineage this host was forced to start. It votes for no other.
+    pub(crate) forced: Option<Epoch>,
+    /// See [`crate::Status::lineage`].
+    pub(crate) lineage: u64,
+    /// Commitment to the secret of the latest epoch in the chain, to check what shares rebuild.
+    pub(crate) secret_hash: (Epoch, Digest),
+    /// The rule before a change that is not known to be committed: until it is, both count.
+    /// Durable before the change is appended by its owner.
+    pub(crate) previous: Option<Rule>,
+}
+
+fn put_epoch(w: &mut Writer, e: Epoch) {
+    w.u64(e.number);
+    w.bytes(e.host.as_bytes());
+}
+fn get_epoch(r: &mut Reader<'_>) -> Result<Epoch, CodecError> {
+    Ok(Epoch { number: r.u64()?, host: HostId::from_bytes(r.array()?) })
+}
+fn put_secret(w: &mut Writer, s: Option<&(Epoch, [u8; 32])>) {
+    w.u8(u8::from(s.is_some()));
+    if let Some((e, s)) = s {
+        put_epoch(w, *e);
+        w.bytes(s);
+    }
+}
+fn get_secret(r: &mut Reader<'_>) -> Result<Option<(Epoch, [u8; 32])>, CodecError> {
+    Ok(if r.flag()? { Some((get_epoch(r)?, r.array()?)) } else { None })
+}
+
+impl Meta {
+    /// Keeps the share of an epoch, and of few epochs before it.
+    pub(crate) fn keep_share(&mut self, epoch: Epoch, share: Vec<u8>) {
+        self.shares.retain(|(e, _)| *e != epoch);
+        self.shares.push((epoch, share));
+        self.shares.sort();
+        if self.shares.len() > SHARES_MAX {
+            self.shares.remove(0);
+        }
+    }
+
+    /// Magic, version, fields, CRC-32C of everything before it.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::new();
+        w.bytes(&MAGIC);
+        w.u32(VERSION);
+        put_epoch(&mut w, self.promised);
+        w.u8(u8::from(self.vote.is_some()));
+        if let Some(v) = &self.vote {
+            encode_vote(&mut w, v);
+        }
+        put_secret(&mut w, self.begun.as_ref());
+        put_secret(&mut w, self.bid.as_ref());
+        w.count(self.shares.len());
+        for (e, s) in &self.shares {
+            put_epoch(&mut w, *e);
+            w.var(s);
+        }
+        for (e, s) in [self.commit, self.acked] {
+            put_epoch(&mut w, e);
+            w.u64(s.0);
+        }
+        w.u8(u8::from(self.floor.is_some()));
+        encode_head(&mut w, &self.floor.unwrap_or_default());
+        w.u8(u8::from(self.forced.is_some()));
+        put_epoch(&mut w, self.forced.unwrap_or_default());
+        w.u64(self.lineage);
+        put_epoch(&mut w, self.secret_hash.0);
+        w.bytes(self.secret_hash.1.as_bytes());
+        w.u8(u8::from(self.previous.is_some()));
+        if let Some(rule) = &self.previous {
+            rule.members.encode(&mut w);
+            rule.policy.encode(&mut w);
+            w.u64(rule.changed_at.0);
+        }
+        let mut bytes = w.finish();
+        let crc = crc32c::crc32c(&bytes);
+        bytes.extend_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// Reads it back.
+    ///
+    /// # Errors
+    /// Damaged, or of another version.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
+        let (body, crc) = bytes.split_last_chunk::<4>().ok_or(CodecError::Truncated)?;
+        let mut r = Reader::new(body);
+        if r.array::<4>()? != MAGIC {
+            return Err(CodecError::Invalid("meta magic"));
+        }
+        let got = r.u32()?;
+        if got != VERSION {
+            return Err(CodecError::Version { got, known: VERSION });
+        }
+        if crc32c::crc32c(body).to_le_bytes() != *crc {
+            return Err(CodecError::Invalid("meta checksum"));
+        }
+        let promised = get_epoch(&mut r)?;
+        let vote = if r.flag()? { Some(decode_vote(&mut r)?) } else { None };
+        let (begun, bid) = (get_secret(&mut r)?, get_secret(&mut r)?);
+        let mut shares = Vec::new();
+        for _ in 0..r.count(SHARES_MAX)? {
+            shares.push((get_epoch(&mut r)?, r.var(SHARE_MAX_BYTES)?.to_vec()));
+        }
+        let commit = (get_epoch(&mut r)?, Seq(r.u64()?));
+        let acked = (get_epoch(&mut r)?, Seq(r.u64()?));
+        let (floored, floor) = (r.flag()?, decode_head(&mut r)?);
+        let (is_forced, forced) = (r.flag()?, get_epoch(&mut r)?);
+        let lineage = r.u64()?;
+        let secret_hash = (get_epoch(&mut r)?, Digest::from_bytes(r.array()?));
+        let previous = if r.flag()? {
+            Some(Rule {
+                members: MemberList::decode(&mut r)?,
+                policy: ImagePolicy::decode(&mut r)?,
+                changed_at: Seq(r.u64()?),
+            })
+        } else {
+            None
+        };
+        r.end()?;
+        Ok(Self {
+            promised,
+            vote,
+            begun,
+            bid,
+            shares,
+            commit,
+            acked,
+            floor: floored.then_some(floor),
+            forced: is_forced.then_some(forced),
+            lineage,
+            secret_hash,
+            previous,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmfs_common::identity::Signature;
+    use vmfs_common::ids::StoreId;
+
+    #[test]
+    fn the_meta_record_round_trips_and_damage_is_noticed() {
+        let e = |n| Epoch { number: n, host: HostId::from_bytes([n as u8; 16]) };
+        let head = Head { epoch: e(2), seq: Seq(9), digest: Digest::from_bytes([3; 32]) };
+        let mut m = Meta {
+            promised: e(4),
+            vote: Some(Vote {
+                proposal: Digest::from_bytes([1; 32]),
+                host: HostId::from_bytes([1; 16]),
+                store: StoreId::from_bytes([2; 16]),
+                head,
+                commit: (e(2), Seq(8)),
+                acked: (e(2), Seq(9)),
+                signature: Signature([7; 64]),
+            }),
+            begun: Some((e(1), [5; 32])),
+            bid: None,
+            commit: (e(2), Seq(8)),
+            acked: (e(2), Seq(9)),
+            floor: Some(head),
+            forced: Some(e(3)),
+            lineage: 6,
+            secret_hash: (e(2), Digest::from_bytes([8; 32])),
+            ..Meta::default()
+        };
+        for n in 1..8 {
+            m.keep_share(e(n), vec![n as u8; 33]);
+        }
+        assert_eq!(m.shares.len(), SHARES_MAX);
+        let bytes = m.encode();
+        assert_eq!(Meta::decode(&bytes), Ok(m));
+        for i in 0..bytes.len() {
+            let mut bent = bytes.clone();
+            bent[i] ^= 0x40;
+            assert!(Meta::decode(&bent).is_err(), "byte {i}");
+        }
+        assert!(Meta::decode(&bytes[..bytes.len() - 1]).is_err());
+        assert!(Meta::decode(&[]).is_err());
+        assert_eq!(Meta::decode(&Meta::default().encode()), Ok(Meta::default()));
+    }
+}

@@ -1,0 +1,222 @@
+//! The commit point, and what flushes wait for (promise 1).
+
+use vmfs_common::election::Rank;
+use vmfs_common::ids::{Head, HostId, Millis, Seq, StoreId};
+use vmfs_common::policy::{Acks, MemberRole, OnQuorumLoss};
+
+use crate::api::{Env, Event, FlushError, OpOutcome, Output, Token};
+use crate::loss::quorum_of;
+use crate::machine::{Machine, RoleState, Waiting, op_done, send};
+use crate::meta::Rule;
+use crate::owner::Owner;
+
+/// What the acknowledgements add up to under one rule.
+struct Points {
+    /// Durable on a quorum.
+    commit: Seq,
+    /// Flushes are answered up to here.
+    flush: Seq,
+    degraded: bool,
+}
+
+impl Owner {
+    /// `durable`: this host's. `reachable`: members that can be expected to acknowledge.
+    fn points(&self, rule: &Rule, me: HostId, durable: Seq, reachable: &dyn Fn(HostId) -> bool) -> Points {
+        let acked =
+            |h: HostId| if h == me { durable } else { self.links.get(&h).map_or(Seq::ZERO, |l| l.acked) };
+        let list = &rule.members;
+        let mut headers: Vec<Seq> = list.all().iter().map(|m| acked(m.host)).collect();
+        let mut data: Vec<Seq> = list.data_members().map(|m| acked(m.host)).collect();
+        headers.sort_by(|a, b| b.cmp(a));
+        data.sort_by(|a, b| b.cmp(a));
+        let here = |role: Option<MemberRole>| {
+            let all = list.all().iter().filter(|m| role.is_none_or(|r| r == m.role));
+            all.filter(|m| m.host == me || reachable(m.host)).count()
+        };
+        let may_degrade = rule.policy.on_quorum_loss == OnQuorumLoss::Degrade;
+        let full = quorum_of(rule, false);
+        let least = quorum_of(rule, true);
+        let data_here = here(Some(MemberRole::Replica));
+        let degraded = may_degrade && (data_here < full.1 || (least.0 < full.0 && here(None) < full.0));
+        let (need_headers, need_data) = match degraded {
+            true => (least.0, full.1.min(data_here).max(least.1)),
+            false => full,
+        };
+        let commit = headers[need_headers - 1].min(data[need_data - 1]);
+        let everyone_here = here(None) == list.len();
+        let flush = match rule.policy.acks {
+            Acks::Majority => commit,
+            Acks::Local => durable,
+            Acks::All if may_degrade && !everyone_here => commit,
+            Acks::All => headers.last().copied().unwrap_or_default().min(commit),
+        };
+        let degraded = degraded || (rule.policy.acks == Acks::All && may_degrade && !everyone_here);
+        Points { commit, flush, degraded }
+    }
+}
+
+impl Machine {
+    /// A guest's flush.
+    pub(crate) fn flush(&mut self, env: &mut Env<'_>, token: Token, out: &mut Vec<Output>) {
+        let target = self.state.head();
+        let done = match &self.role {
+            RoleState::Follower => Some(Err(FlushError::NotOwner)),
+            RoleState::Failed => Some(Err(FlushError::StoreFailed)),
+            RoleState::Owner(o) if o.open && o.flushed >= target.seq => Some(Ok(())),
+            RoleState::Owner(_) | RoleState::Candidate(_) => None,
+        };
+        if let Some(result) = done {
+            out.push(Output::FlushDone { token, result });
+            return;
+        }
+        self.flushes.push_back(Waiting { token, target, since: env.now });
+        self.sync_round(env, out);
+    }
+
+    /// Makes everything appended so far durable here and at every member that streams.
+    pub(crate) fn sync_round(&mut self, env: &Env<'_>, out: &mut Vec<Output>) {
+        let seq = self.state.head().seq;
+        let RoleState::Owner(o) = &mut self.role else { return };
+        o.synced_bytes = o.bytes_total;
+        for (host, link) in o.links.iter_mut().filter(|(_, l)| l.streaming && l.sync_asked < seq) {
+            link.sync_asked = seq;
+            link.waiting_since.get_or_insert(env.now);
+            out.push(Output::RequestSync { to: *host, seq, commit: o.commit });
+        }
+        self.want_sync(out);
+    }
+
+    /// An acknowledgement counts only if epoch, seq, digest and store all match this chain.
+    pub(crate) fn on_ack(
+        &mut self,
+        env: &mut Env<'_>,
+        from: HostId,
+        head: Head,
+        store: StoreId,
+        out: &mut Vec<Output>,
+    ) {
+        let RoleState::Owner(o) = &mut self.role else { return };
+        let own = o.recent(head.seq).map(|r| r.digest);
+        let Some(link) = o.links.get_mut(&from) else { return };
+        if head.epoch != o.start.epoch || store != link.store || !link.streaming {
+            return;
+        }
+        match own {
+            Some(digest) if digest != head.digest => {
+                let ours = Head { digest, ..head };
+                out.push(Output::Report(Event::Fork { ours, theirs: head }));
+                link.restart(env.now, &self.timing);
+                out.push(Output::StopStream { to: from });
+            }
+            Some(_) => {
+                link.acked = link.acked.max(head.seq);
+                link.sent = link.sent.max(head.seq);
+                link.waiting_since = (link.acked < link.sync_asked).then_some(env.now);
+                link.refusals = 0;
+            }
+            // Too long ago to be checked: says nothing about this epoch's recent updates.
+            None => link.waiting_since = (link.acked < link.sync_asked).then_some(env.now),
+        }
+    }
+
+    /// Moves the commit point and answers what waited for it.
+    pub(crate) fn advance_owner(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
+        let me = self.id.host;
+        let rule = self.rule();
+        let previous = self.previous_rule().cloned();
+        let RoleState::Owner(o) = &mut self.role else { return };
+        let durable = if self.durable.epoch == o.start.epoch { self.durable.seq } else { Seq::ZERO };
+        let (connected, lease) = (&self.connected, self.timing.lease_ms);
+        let reachable = |h: HostId| {
+            let stuck =
+                o.links.get(&h).and_then(|l| l.waiting_since).is_some_and(|t| env.now.since(t) > lease);
+            let heard = (env.contact)(h).confirmed.is_some_and(|t| env.now.since(t) <= lease);
+            !stuck && (connected.contains(&h) || heard)
+        };
+        let mut points = o.points(&rule, me, durable, &reachable);
+        if let Some(rule) = &previous {
+            // A weakening takes effect when it is committed under the rule that it weakens.
+            let old = o.points(rule, me, durable, &reachable);
+            points.commit = points.commit.min(old.commit);
+            points.flush = points.flush.min(old.flush);
+            points.degraded |= old.degraded;
+        }
+        if points.degraded != o.degraded {
+            o.degraded = points.degraded;
+            out.push(Output::Report(if points.degraded { Event::Degraded } else { Event::Restored }));
+        }
+        let advanced = points.commit > o.commit && points.commit >= o.start.seq;
+        if advanced {
+            o.commit = points.commit;
+        }
+        let opened = advanced && !o.open;
+        o.open |= advanced;
+        if o.open {
+            o.flushed = o.flushed.max(points.flush);
+        }
+        let (epoch, commit, flushed) = (o.start.epoch, o.commit, o.flushed);
+        if commit.max(flushed) > Seq::ZERO {
+            self.note_commit(env, epoch, commit.max(flushed));
+        }
+        if opened {
+            self.opened(env, out);
+        }
+        while self.flushes.front().is_some_and(|f| f.target.seq <= flushed) {
+            let f = self.flushes.pop_front().expect("invariant: just looked at");
+            out.push(Output::FlushDone { token: f.token, result: Ok(()) });
+        }
+        self.advance_change(env, out);
+        self.advance_draining(env, out);
+    }
+
+    /// The `EpochStart` is durable on a quorum.
+    fn opened(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
+        let RoleState::Owner(o) = &mut self.role else { return };
+        o.lease_from = env.now;
+        o.lease_until = o.lease_until.max(env.now.plus(self.timing.lease_ms));
+        let Some(e) = o.election.take() else { return };
+        if let Some(token) = e.token {
+            let done = OpOutcome::Promoted { epoch: o.start.epoch, loss: e.loss, forced: e.forced };
+            op_done(out, token, Ok(done));
+        }
+        if let Some(host) = e.predecessor {
+            send(out, host, vmfs_common::msg::ImageMsg::HandoverDone { done: true });
+        }
+        if !self.flushes.is_empty() {
+            self.sync_round(env, out);
+        }
+    }
+
+    /// The owner's lease: how long a quorum is known to have been in contact, both ways.
+    pub(crate) fn check_lease(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
+        let me = self.id.host;
+        let RoleState::Owner(o) = &mut self.role else { return };
+        let from = o.lease_from;
+        let contact = |h: HostId| match h {
+            h if h == me => env.now,
+            h => (env.contact)(h).confirmed.unwrap_or_default().max(from),
+        };
+        let mut times: Vec<Millis> = self.state.members.all().iter().map(|m| contact(m.host)).collect();
+        times.sort_by(|a, b| b.cmp(a));
+        let quorum = times[self.state.members.quorum() - 1];
+        o.lease_until = quorum.plus(self.timing.lease_ms);
+        let next = env.now.plus(self.timing.lease_ms / 4);
+        o.lease_check_at = if o.lease_until > env.now { next.min(o.lease_until.plus(1)) } else { next };
+        let frozen = o.is_frozen(env.now, &self.state);
+        if frozen != o.frozen {
+            o.frozen = frozen;
+            out.push(Output::Report(if frozen { Event::Frozen } else { Event::Thawed }));
+        }
+    }
+
+    /// What each member has acknowledged, in the list's order: part of every header, so that a
+    /// member that loses data can be told by the others.
+    pub(crate) fn acked_of_members(&self) -> Vec<Seq> {
+        let RoleState::Owner(o) = &self.role else { return Vec::new() };
+        let rank: Rank = (o.start.epoch, Seq::ZERO);
+        let own = if self.durable.epoch == rank.0 { self.durable.seq } else { Seq::ZERO };
+        let of =
+            |h: HostId| if h == self.id.host { own } else { o.links.get(&h).map_or(Seq::ZERO, |l| l.acked) };
+        self.state.members.all().iter().map(|m| of(m.host)).collect()
+    }
+}

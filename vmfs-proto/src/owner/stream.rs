@@ -1,0 +1,175 @@
+//! Offers, joins and streams: bringing every member to the owner's chain and keeping it there.
+
+use vmfs_common::chain::Refusal;
+use vmfs_common::ids::{Epoch, HostId, Millis, Seq, StoreId};
+use vmfs_common::msg::{ImageMsg, Join};
+use vmfs_common::policy::{Member, MemberRole};
+
+use crate::api::{Env, Event, Output, Timing};
+use crate::lineage::common;
+use crate::machine::{Machine, RoleState, send};
+
+/// What the owner knows of one member (or of one that is catching up before its admission).
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) store: StoreId,
+    pub(crate) role: MemberRole,
+    /// In the member list. Others do not count.
+    pub(crate) admitted: bool,
+    /// A stream to it is open, from a point its head was said to be at.
+    pub(crate) streaming: bool,
+    /// Its copy cannot be brought to this chain (another store, another lineage).
+    pub(crate) fenced: bool,
+    /// The last update handed to its connection.
+    pub(crate) sent: Seq,
+    /// The last update of this epoch that it has acknowledged.
+    pub(crate) acked: Seq,
+    /// The last update it was asked to make durable.
+    pub(crate) sync_asked: Seq,
+    /// Since when an acknowledgement has been outstanding.
+    pub(crate) waiting_since: Option<Millis>,
+    /// When to offer again after a refusal.
+    pub(crate) offer_at: Option<Millis>,
+    pub(crate) refusals: u32,
+}
+
+impl Link {
+    pub(crate) fn new(m: &Member, admitted: bool) -> Self {
+        Self {
+            store: m.store,
+            role: m.role,
+            admitted,
+            streaming: false,
+            fenced: false,
+            sent: Seq::ZERO,
+            acked: Seq::ZERO,
+            sync_asked: Seq::ZERO,
+            waiting_since: None,
+            offer_at: None,
+            refusals: 0,
+        }
+    }
+
+    /// Ends the stream, and offers again after a while that doubles with the refusals.
+    pub(crate) fn restart(&mut self, now: Millis, timing: &Timing) {
+        self.streaming = false;
+        self.offer_at = Some(now.plus(timing.restart_ms << self.refusals.min(6)));
+        self.refusals += 1;
+    }
+}
+
+impl Machine {
+    /// States the epoch to a member, with its certificate; it answers with its head.
+    pub(crate) fn offer(&mut self, env: &Env<'_>, host: HostId, out: &mut Vec<Output>) {
+        let head = self.state.head();
+        let RoleState::Owner(o) = &mut self.role else { return };
+        let Some(link) = o.links.get_mut(&host) else { return };
+        link.offer_at = None;
+        link.streaming = false;
+        if !self.connected.contains(&host) {
+            return;
+        }
+        let certificate = o.certificate.to_vec();
+        let offer =
+            ImageMsg::Offer { head, start: o.start, log_start: env.log_start, certificate, role: link.role };
+        send(out, host, offer);
+        let share = o.shares.get(&host).filter(|_| link.admitted).cloned();
+        if let Some(share) = share {
+            send(out, host, ImageMsg::Share { epoch: o.start.epoch, share });
+        }
+    }
+
+    /// A member states its head: stream from the common point, or send it to block-level sync.
+    pub(crate) fn on_join(&mut self, env: &mut Env<'_>, from: HostId, join: &Join, out: &mut Vec<Output>) {
+        let head = self.state.head();
+        let common = common(&self.state, join);
+        let RoleState::Owner(o) = &mut self.role else { return };
+        let Some(link) = o.links.get_mut(&from) else { return };
+        let headers_only = link.role == MemberRole::Witness;
+        link.offer_at = None;
+        link.streaming = false;
+        link.fenced = join.store != link.store || join.witness != headers_only;
+        if link.fenced {
+            // A wiped, restored or foreign store: not the member that was admitted.
+            send(out, from, ImageMsg::NotMember { head });
+            return;
+        }
+        let Some(after) = common else {
+            link.fenced = true;
+            out.push(Output::Report(Event::Fork { ours: head, theirs: join.head }));
+            return;
+        };
+        if after.next() < env.log_start {
+            send(out, from, ImageMsg::Behind { log_start: env.log_start });
+            return;
+        }
+        link.streaming = true;
+        link.sent = after;
+        // What it acknowledged before counts only as far as it still states it.
+        link.acked = link.acked.min(after);
+        link.sync_asked = head.seq;
+        link.waiting_since = Some(env.now);
+        out.push(Output::Stream { to: from, after, headers_only });
+        out.push(Output::RequestSync { to: from, seq: head.seq, commit: o.commit });
+    }
+
+    /// A member has not taken something.
+    pub(crate) fn on_refused(
+        &mut self,
+        env: &mut Env<'_>,
+        from: HostId,
+        why: Refusal,
+        _seq: Seq,
+        promised: Epoch,
+        out: &mut Vec<Output>,
+    ) {
+        let RoleState::Owner(o) = &mut self.role else { return };
+        let Some(link) = o.links.get_mut(&from) else { return };
+        if why == Refusal::Promised && link.admitted && promised > o.start.epoch {
+            self.pause(env, from, out);
+            if let RoleState::Candidate(c) = &mut self.role {
+                c.outbid_by = promised;
+            }
+            return;
+        }
+        if link.offer_at.is_none() {
+            link.restart(env.now, &self.timing);
+            out.push(Output::StopStream { to: from });
+        }
+    }
+
+    pub(crate) fn on_who_owns(&mut self, env: &Env<'_>, from: HostId, out: &mut Vec<Output>) {
+        self.offer(env, from, out);
+    }
+
+    pub(crate) fn stream_progress(&mut self, to: HostId, seq: Seq) {
+        if let RoleState::Owner(o) = &mut self.role
+            && let Some(link) = o.links.get_mut(&to)
+            && link.streaming
+        {
+            link.sent = link.sent.max(seq);
+        }
+    }
+
+    pub(crate) fn owner_peer_up(&mut self, env: &Env<'_>, host: HostId, out: &mut Vec<Output>) {
+        self.offer(env, host, out);
+    }
+
+    pub(crate) fn owner_peer_down(&mut self, host: HostId) {
+        if let RoleState::Owner(o) = &mut self.role
+            && let Some(link) = o.links.get_mut(&host)
+        {
+            link.streaming = false;
+            link.offer_at = None;
+            link.waiting_since = None;
+        }
+    }
+
+    /// Ends every stream: this host is not, or perhaps no longer, the owner.
+    pub(crate) fn stop_streams(&self, out: &mut Vec<Output>) {
+        if let RoleState::Owner(o) = &self.role {
+            let streaming = o.links.iter().filter(|(_, l)| l.streaming);
+            out.extend(streaming.map(|(host, _)| Output::StopStream { to: *host }));
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Promises and votes: what a member answers to a candidate (DESIGN.md section 7, point 2).
+
+use vmfs_common::election::{Proposal, Vote};
+use vmfs_common::identity::Signature;
+use vmfs_common::ids::{Epoch, Head, HostId, Seq};
+use vmfs_common::msg::{ImageMsg, Occasion, VoteRefusal};
+use vmfs_common::policy::MemberRole;
+
+use crate::api::{Env, Event, Output};
+use crate::machine::{Machine, RoleState, send};
+
+/// A promise on its way to the disk: first everything appended is made durable, then the meta
+/// record with the promise and the vote, and only then the vote is sent. From the moment it exists,
+/// updates of lower epochs are refused and nothing of them is acknowledged, so no append and no
+/// acknowledgement can slip in between.
+#[derive(Debug)]
+pub(crate) struct Promise {
+    /// Who asked; this host for its own proposal.
+    pub(crate) from: HostId,
+    pub(crate) proposal: Proposal,
+    /// The meta record that carries it, once written.
+    version: Option<u64>,
+}
+
+impl Machine {
+    #[expect(clippy::too_many_arguments, reason = "the fields of the message")]
+    pub(crate) fn on_propose(
+        &mut self,
+        env: &mut Env<'_>,
+        from: HostId,
+        proposal: Proposal,
+        occasion: Occasion,
+        head: Head,
+        consent: Option<Vote>,
+        out: &mut Vec<Output>,
+    ) {
+        let ballot = proposal.ballot;
+        if ballot.host != from || proposal.image != self.image || proposal.datastore != self.id.datastore {
+            return;
+        }
+        let digest = proposal.digest();
+        if self.promise.as_ref().is_some_and(|p| p.proposal.digest() == digest) {
+            return;
+        }
+        if let Some(vote) =
+            self.meta.vote.clone().filter(|v| v.proposal == digest && v.head == self.state.head())
+            && self.promise.is_none()
+            && self.meta.promised == ballot
+        {
+            self.send_vote(from, vote, out);
+            return;
+        }
+        match self.may_promise(env, from, &proposal, occasion, head, consent.as_ref()) {
+            Err(why) => send(out, from, ImageMsg::VoteRefused { ballot, why }),
+            Ok(()) => self.promise_to(env, from, proposal, out),
+        }
+    }
+
+    fn may_promise(
+        &self,
+        env: &Env<'_>,
+        from: HostId,
+        proposal: &Proposal,
+        occasion: Occasion,
+        head: Head,
+        consent: Option<&Vote>,
+    ) -> Result<(), VoteRefusal> {
+        if self.meta.forced.is_some_and(|_| from != self.id.host) {
+            return Err(VoteRefusal::OtherLineage);
+        }
+        if !self.is_admitted() {
+            return Err(VoteRefusal::NotMember);
+        }
+        let epoch = self.epoch().max(self.following.as_ref().map_or(Epoch::default(), |f| f.start.epoch));
+        let highest = self.promised().max(epoch);
+        if proposal.ballot <= highest {
+            return Err(VoteRefusal::Promised(highest));
+        }
+        let data = self.state.members.get(from).is_some_and(|m| m.role == MemberRole::Replica);
+        if !data && head.rank() <= self.state.head().rank() {
+            return Err(VoteRefusal::OtherMembers);
+        }
+        match occasion {
+            Occasion::Operator => Ok(()),
+            Occasion::Restart if epoch.host == from => Ok(()),
+            Occasion::Restart => Err(VoteRefusal::NotOwner(epoch)),
+            Occasion::Handover => {
+                let agreed = consent.is_some_and(|v| self.is_consent(v, proposal, epoch.host));
+                if agreed || self.hands_over_to(from) {
+                    return Ok(());
+                }
+                let heard = (env.contact)(epoch.host).heard;
+                if epoch.host == self.id.host
+                    || heard.is_some_and(|t| env.now.since(t) < self.timing.lease_ms)
+                {
+                    return Err(VoteRefusal::OwnerAlive(epoch));
+                }
+                if env.now.since(self.booted) < self.timing.lease_ms {
+                    Err(VoteRefusal::Lease)
+                } else {
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    /// The present owner's own vote for exactly this proposal.
+    fn is_consent(&self, vote: &Vote, proposal: &Proposal, owner: HostId) -> bool {
+        let member = self.state.members.get(owner);
+        vote.host == owner
+            && vote.proposal == proposal.digest()
+            && member.is_some_and(|m| m.store == vote.store && vote.is_signed_by(&m.key))
+    }
+
+    /// Starts the promise: from here on the lower epochs are over for this copy.
+    pub(crate) fn promise_to(
+        &mut self,
+        env: &mut Env<'_>,
+        from: HostId,
+        proposal: Proposal,
+        out: &mut Vec<Output>,
+    ) {
+        let ballot = proposal.ballot;
+        if let Some(other) = self.promise.take()
+            && other.from != self.id.host
+        {
+            let why = VoteRefusal::Promised(ballot);
+            send(out, other.from, ImageMsg::VoteRefused { ballot: other.proposal.ballot, why });
+        }
+        self.ack_due = None;
+        self.promise = Some(Promise { from, proposal, version: None });
+        if from != self.id.host {
+            self.outbid(env, from, out);
+            self.tell_owner_of_promise(from, out);
+        }
+        if let Some(to) = self.meta.floor {
+            out.push(Output::RollBack { to, keep_fork: true });
+        }
+        self.advance_promise(env, out);
+    }
+
+    /// The owner learns at once that this member is lost to it, so that it pauses and bids again
+    /// instead of serving an image that may be owned elsewhere in a moment.
+    fn tell_owner_of_promise(&self, candidate: HostId, out: &mut Vec<Output>) {
+        let owner = self.epoch().host;
+        if owner != self.id.host && owner != candidate && self.connected.contains(&owner) {
+            self.send_refused(owner, vmfs_common::chain::Refusal::Promised, Seq::ZERO, out);
+        }
+    }
+
+    /// Takes a promise as far as the disk has got.
+    pub(crate) fn advance_promise(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
+        let Some(p) = &self.promise else { return };
+        if self.epoch() >= p.proposal.ballot {
+            // A certified epoch as high has been taken up meanwhile.
+            let (from, ballot) = (p.from, p.proposal.ballot);
+            self.promise = None;
+            if from != self.id.host {
+                let why = VoteRefusal::Promised(self.epoch());
+                send(out, from, ImageMsg::VoteRefused { ballot, why });
+            }
+            return;
+        }
+        match p.version {
+            None if self.meta.floor.is_some() => {}
+            None if self.durable != self.state.head() => self.want_sync(out),
+            None => {
+                let (ballot, digest) = (p.proposal.ballot, p.proposal.digest());
+                self.meta.promised = self.meta.promised.max(ballot);
+                self.meta.vote = Some(self.vote_for(digest));
+                let version = self.persist(out);
+                if let Some(p) = &mut self.promise {
+                    p.version = Some(version);
+                }
+            }
+            Some(version) if self.meta_persisted >= version => {
+                let from = p.from;
+                self.promise = None;
+                let vote = self.meta.vote.clone().expect("invariant: persisted with the promise");
+                if from == self.id.host {
+                    self.own_promise_durable(env, vote, out);
+                } else {
+                    self.send_vote(from, vote, out);
+                }
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn vote_for(&self, proposal: vmfs_common::Digest) -> Vote {
+        let me = self.state.members.all().iter().position(|m| m.host == self.id.host);
+        let seen = me.and_then(|i| self.acked_seen.1.get(i)).map(|s| (self.acked_seen.0, *s));
+        Vote {
+            proposal,
+            host: self.id.host,
+            store: self.id.store,
+            head: self.durable,
+            commit: self.meta.commit,
+            acked: self.meta.acked.max(seen.unwrap_or_default()),
+            signature: Signature([0; 64]),
+        }
+        .signed(&self.id.key)
+    }
+
+    fn send_vote(&self, to: HostId, vote: Vote, out: &mut Vec<Output>) {
+        let epoch = vote.head.epoch;
+        let share = self.meta.shares.iter().find(|(e, _)| *e == epoch).cloned();
+        send(out, to, ImageMsg::Voted { vote, share });
+    }
+
+    /// The owner's share of its secret for this member: kept until the epoch has ended.
+    pub(crate) fn on_share(&mut self, env: &Env<'_>, from: HostId, epoch: Epoch, share: Vec<u8>) {
+        if from == epoch.host
+            && self.authority(from) == Some(epoch)
+            && share.len() == crate::shares::SHARE_BYTES
+        {
+            self.meta.keep_share(epoch, share);
+            self.persist_later(env.now);
+        }
+    }
+
+    /// The operator gives up the lineage that this host was forced to start.
+    pub(crate) fn abandon_forced(
+        &mut self,
+        env: &mut Env<'_>,
+        token: crate::api::Token,
+        out: &mut Vec<Output>,
+    ) {
+        let Some(forced) = self.meta.forced.take() else {
+            crate::machine::op_done(out, token, Err(crate::api::OpError::NotForced));
+            return;
+        };
+        self.persist(out);
+        if !matches!(self.role, RoleState::Follower) {
+            self.become_follower(env, None, out);
+        }
+        if let Some(entry) = self.state.epochs.iter().find(|e| e.epoch == forced) {
+            out.push(Output::RollBack { to: entry.parent, keep_fork: true });
+        }
+        for host in &self.connected {
+            send(out, *host, ImageMsg::WhoOwns { head: self.state.head() });
+        }
+        crate::machine::op_done(out, token, Ok(crate::api::OpOutcome::Done));
+    }
+
+    pub(crate) fn note_foreign(&self, theirs: Head, out: &mut Vec<Output>) {
+        out.push(Output::Report(Event::Fork { ours: self.state.head(), theirs }));
+    }
+}
