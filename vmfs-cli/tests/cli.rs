@@ -1,5 +1,7 @@
 //! The built binary: exit codes, what goes to which stream, and that failures leave no trace.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixListener;
 use std::path::Path;

@@ -175,7 +175,7 @@ impl Cluster {
 
     /// Makes sure that the ports of `starting` are free, with new ones in all configurations where another
     /// program has taken one.
-    pub(super) fn settle_ports(&mut self, starting: &[Host]) -> CliResult {
+    pub(super) fn settle_ports(&self, starting: &[Host]) -> CliResult {
         let mut listens = BTreeMap::new();
         for host in &self.hosts {
             let config = config_file::load(&host.config()).map_err(CliError::failed)?;
@@ -361,10 +361,10 @@ mod tests {
     #[test]
     fn taken_port_is_replaced_in_every_configuration() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cluster = Cluster::open_or_make(dir.path(), Some(3)).unwrap();
+        let cluster = Cluster::open_or_make(dir.path(), Some(3)).unwrap();
         let before = listens(&cluster);
         let taken = UdpSocket::bind(before[1]).unwrap();
-        cluster.settle_ports(&cluster.hosts().to_vec()).unwrap();
+        cluster.settle_ports(cluster.hosts()).unwrap();
         let after = listens(&cluster);
         assert_eq!((before[0], before[2]), (after[0], after[2]));
         assert_ne!(before[1], after[1]);

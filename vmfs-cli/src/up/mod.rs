@@ -35,7 +35,7 @@ pub(crate) async fn up(args: UpArgs) -> CliResult {
     let dir = absolute(&args.dir)?;
     cluster::check_place(&dir)?;
     let lock = lock(&dir)?;
-    let mut cluster = Cluster::open_or_make(&dir, args.hosts)?;
+    let cluster = Cluster::open_or_make(&dir, args.hosts)?;
     let missing = cluster.not_running()?;
     if missing.is_empty() {
         return Err(CliError::failed(format!(
@@ -78,11 +78,13 @@ pub(crate) fn down(dir: &Path) -> CliResult {
     let Some(cluster) = Cluster::open(&dir)? else {
         return Err(CliError::failed(format!("{} is not a directory of vmfs up", given.display())));
     };
-    stop_launcher(&dir)?;
+    let launcher_stopped = stop_launcher(&dir)?;
     let _lock = lock(&dir)?;
     let stopped = daemon::stop(cluster.hosts())?;
     clean_up(cluster.hosts())?;
-    if stopped.is_empty() {
+    if launcher_stopped && stopped.is_empty() {
+        print("stopped vmfs up and its hosts\n")
+    } else if stopped.is_empty() {
         print("nothing was running\n")
     } else {
         print(&format!("stopped {}\n", stopped.join(", ")))
@@ -108,15 +110,15 @@ fn lock(dir: &Path) -> CliResult<PidFile> {
     })
 }
 
-/// Asks a `vmfs up` that stays in front to end, and waits until it did.
-fn stop_launcher(dir: &Path) -> CliResult {
+/// Asks a `vmfs up` that stays in front to end, and waits until it did. Says whether there was one.
+fn stop_launcher(dir: &Path) -> CliResult<bool> {
     let path = lock_path(dir);
     let fail = |e: std::io::Error| CliError::failed(format!("{}: {e}", path.display()));
-    let Some(pid) = pid_file::running(&path).map_err(fail)? else { return Ok(()) };
-    let Some(process) = daemon::Process::verified(pid, &path).map_err(fail)? else { return Ok(()) };
+    let Some(pid) = pid_file::running(&path).map_err(fail)? else { return Ok(false) };
+    let Some(process) = daemon::Process::verified(pid, &path).map_err(fail)? else { return Ok(false) };
     process.terminate().map_err(fail)?;
     if process.wait_gone(LAUNCHER_STOP).map_err(fail)? {
-        return Ok(());
+        return Ok(true);
     }
     Err(CliError::failed(format!("vmfs up (process {pid}) does not end; stop it and try again")))
 }
