@@ -56,7 +56,13 @@ impl Rig {
     }
 
     fn rw(&self, name: &str, flags: i32) -> File {
-        OpenOptions::new().read(true).write(true).create(true).custom_flags(flags).open(self.path(name)).unwrap()
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .custom_flags(flags)
+            .open(self.path(name))
+            .unwrap()
     }
 
     fn sh(&self, script: &str) -> String {
@@ -93,7 +99,9 @@ fn until(what: &str, condition: impl Fn() -> bool) {
 }
 
 fn pattern(len: usize, seed: u32) -> Vec<u8> {
-    (0..len).map(|i| u8::try_from((i as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 24).unwrap()).collect()
+    (0..len)
+        .map(|i| u8::try_from((i as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 24).unwrap())
+        .collect()
 }
 
 #[test]
@@ -109,8 +117,7 @@ fn it_shows_as_what_it_is_and_goes_away() {
 #[test]
 fn tools_copy_sparse_files_and_odd_sizes() {
     let rig = Rig::new();
-    rig.sh(
-        "truncate -s 64M big; printf hello | dd of=big bs=1 seek=33554435 conv=notrunc status=none
+    rig.sh("truncate -s 64M big; printf hello | dd of=big bs=1 seek=33554435 conv=notrunc status=none
          cp --sparse=always big copy; cmp big copy
          cp --reflink=never --sparse=never big full; cmp big full
          test $(stat -c %b copy) -lt 64; test $(stat -c %s copy) = 67108864
@@ -118,8 +125,7 @@ fn tools_copy_sparse_files_and_odd_sizes() {
              head -c $((bs * 7 + 3)) /dev/urandom > /tmp/vmfs-odd.$$
              dd if=/tmp/vmfs-odd.$$ of=odd bs=$bs status=none conv=fsync; cmp odd /tmp/vmfs-odd.$$
              dd if=odd of=/tmp/vmfs-odd2.$$ bs=$((bs + 1)) status=none; cmp odd /tmp/vmfs-odd2.$$
-         done; rm /tmp/vmfs-odd*.$$",
-    );
+         done; rm /tmp/vmfs-odd*.$$");
 }
 
 #[test]
@@ -133,14 +139,23 @@ fn fallocate_zero_punch_and_seek_agree() {
     want.resize(200_000, 0);
     assert_eq!(fs::read(rig.path("f")).unwrap(), want);
     let file = rig.rw("f", 0);
-    let seek = |at, whence| rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0)).and(match whence {
-        'd' => rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at)),
-        _ => rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(at)),
-    });
+    let seek = |at, whence| {
+        rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0)).and(match whence {
+            'd' => rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at)),
+            _ => rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(at)),
+        })
+    };
     assert_eq!(seek(0, 'h'), Ok(8192));
     assert_eq!(seek(8192, 'd'), Ok(45056));
     assert_eq!(seek(150_000, 'd'), Err(rustix::io::Errno::NXIO));
-    assert_eq!(errno(Err::<(), _>(rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::COLLAPSE_RANGE, 0, 4096).unwrap_err().into())), libc::EOPNOTSUPP);
+    assert_eq!(
+        errno(Err::<(), _>(
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::COLLAPSE_RANGE, 0, 4096)
+                .unwrap_err()
+                .into()
+        )),
+        libc::EOPNOTSUPP
+    );
 }
 
 #[test]
@@ -384,8 +399,7 @@ fn synchronous_writes_flush_and_others_do_not() {
 fn attributes_and_extended_attributes_stick() {
     let rig = Rig::new();
     rig.write("f", b"x");
-    rig.sh(
-        "mkdir d; ln -s d/none l; chmod 640 f; chown 7:8 f; touch -d '2001-02-03 04:05:06.789 UTC' f d
+    rig.sh("mkdir d; ln -s d/none l; chmod 640 f; chown 7:8 f; touch -d '2001-02-03 04:05:06.789 UTC' f d
          setfattr -n user.note -v hello f; setfattr -n user.note -v dir d
          setfattr -n trusted.libvirt.security.dac -v +0:+0 f
          test \"$(getfattr --only-values -n user.note f)\" = hello
@@ -394,8 +408,7 @@ fn attributes_and_extended_attributes_stick() {
          setfattr -x user.note f; ! getfattr -n user.note f 2>/dev/null
          test \"$(stat -c '%a %u %g %Y' f)\" = '640 7 8 981173106'
          test \"$(readlink l)\" = d/none
-         ! ln f hard 2>/dev/null; ! mkfifo p 2>/dev/null; ! mknod n c 1 3 2>/dev/null",
-    );
+         ! ln f hard 2>/dev/null; ! mkfifo p 2>/dev/null; ! mknod n c 1 3 2>/dev/null");
     let long = "n".repeat(256);
     assert_eq!(errno(fs::write(rig.path(&long), b"")), libc::ENAMETOOLONG);
     assert_eq!(errno(fs::hard_link(rig.path("f"), rig.path("h"))), libc::EPERM);
@@ -468,7 +481,9 @@ fn copy_file_range_copies_inside_the_mount_and_keeps_holes() {
     from.write_all_at(&pattern(70_000, 9), 5 << 20).unwrap();
     let to = rig.rw("to", 0);
     let (mut source, mut target) = (0, 0);
-    while rustix::fs::copy_file_range(&from, Some(&mut source), &to, Some(&mut target), 64 << 20).unwrap() > 0 {}
+    while rustix::fs::copy_file_range(&from, Some(&mut source), &to, Some(&mut target), 64 << 20).unwrap() > 0
+    {
+    }
     assert_eq!(fs::read(rig.path("from")).unwrap(), fs::read(rig.path("to")).unwrap());
     assert!(fs::metadata(rig.path("to")).unwrap().blocks() < 200);
 }
@@ -517,4 +532,118 @@ fn a_second_mount_on_the_same_point_is_refused_and_open_files_make_it_busy() {
 
 fn is_mounted(point: &Path) -> bool {
     fs::read_to_string("/proc/self/mountinfo").unwrap().contains(point.to_str().unwrap())
+}
+
+#[test]
+fn qemu_tools_work_and_their_locks_hold() {
+    let rig = Rig::new();
+    rig.sh(
+        "qemu-img create -q -f raw a.raw 64M
+         qemu-io -f raw -t none -n -c 'write -P 7 4k 1M' -c 'discard 64k 64k' -c 'write -z 128k 64k' -c flush a.raw >/dev/null
+         qemu-io -f raw -t none -c 'read -P 7 4k 60k' -c 'read -P 0 64k 64k' -c 'read -P 7 196k 4k' a.raw | grep -vq failed
+         qemu-img convert -q -t none -T none -f raw -O qcow2 a.raw b.qcow2; qemu-img check -q b.qcow2
+         qemu-img convert -q -f qcow2 -O raw -S 4k b.qcow2 c.raw; cmp a.raw c.raw; qemu-img compare -q a.raw b.qcow2
+         qemu-img create -q -f qcow2 -o preallocation=falloc d.qcow2 8M; qemu-img snapshot -c s d.qcow2
+         mkfifo -m 600 /tmp/vmfs-hold.$$
+         qemu-system-x86_64 -M q35 -accel tcg -S -nodefaults -display none -monitor stdio \\
+             -drive id=d,file=a.raw,format=raw,if=none,cache=none -device virtio-blk,drive=d \\
+             < /tmp/vmfs-hold.$$ >/dev/null & holder=$!
+         exec 9> /tmp/vmfs-hold.$$; rm /tmp/vmfs-hold.$$
+         locked() { qemu-io -f raw -c 'write 0 4k' a.raw 2>&1 | grep -q 'Failed to get'; }
+         for i in $(seq 200); do locked && break; sleep 0.05; done; locked
+         echo quit >&9; exec 9>&-; wait $holder; qemu-io -f raw -c 'write 0 4k' a.raw | grep -q wrote",
+    );
+}
+
+#[test]
+fn parallel_direct_writes_verify() {
+    let rig = Rig::new();
+    for engine in ["libaio --iodepth=16", "psync --numjobs=1"] {
+        rig.sh(&format!(
+            "fio --name=v --filename=f --size=16M --rw=randwrite --bs=4k --direct=1 --ioengine={engine} \
+             --verify=crc32c --do_verify=1 --verify_fatal=1 --fallocate=none --output-format=terse >/dev/null"
+        ));
+    }
+}
+
+#[test]
+fn an_operators_unmount_ends_the_service() {
+    let mut rig = Rig::new();
+    assert!(Command::new("umount").arg(&rig.point).status().unwrap().success());
+    let mut mounted = rig.mounted.take().unwrap();
+    assert!(mounted.wait(Duration::from_secs(10)).expect("it ends").is_ok());
+    assert_eq!(mounted.detach(Duration::from_secs(1)).unwrap(), Detached::Gone);
+}
+
+#[test]
+fn the_dead_mount_of_a_killed_daemon_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let point = dir.path().join("a mount");
+    fs::create_dir(&point).unwrap();
+    let mut daemon = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "mounted_for_tools_run_by_hand"])
+        .env("VMFS_POINT", &point)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    until("the daemon mounts", || {
+        fs::read_to_string("/proc/self/mountinfo").unwrap().contains("/a\\040mount ")
+    });
+    fs::write(point.join("f"), b"x").unwrap();
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert_eq!(errno(fs::metadata(point.join("f"))), libc::ENOTCONN);
+    let catalog = Catalog::open(Arc::new(MemDisk::default()), &Meta::default()).unwrap();
+    let files = Fs::start(Arc::new(MemBackend::default()), catalog, Options::default()).unwrap();
+    let mounted = mount(&files, &MountOptions::new(&point)).unwrap();
+    fs::write(point.join("g"), b"x").unwrap();
+    assert_eq!(mounted.detach(Duration::from_secs(10)).unwrap(), Detached::Gone);
+    assert!(fs::read_dir(&point).unwrap().next().is_none(), "nothing is left under it");
+}
+
+/// `cargo install fsx` first; then `cargo nextest run -p vmfs-fuse --run-ignored only fsx`.
+#[test]
+#[ignore = "needs the fsx tool, and runs for a minute"]
+fn fsx_finds_no_difference() {
+    let rig = Rig::new();
+    let config = rig.point.with_extension("toml");
+    fs::write(
+        &config,
+        "flen = 1048576
+         [opsize]
+         max = 65536
+         [weights]
+         close_open = 1.0
+         invalidate = 1.0
+         fsync = 0.2
+         fdatasync = 0.2
+         punch_hole = 1.0
+         posix_fallocate = 1.0
+         copy_file_range = 1.0
+         sendfile = 1.0
+         ",
+    )
+    .unwrap();
+    for seed in 1..=8 {
+        let out = Command::new("fsx")
+            .args(["-N", "5000", "-S", &seed.to_string(), "-f"])
+            .args([&config, &rig.path("fsx")])
+            .output()
+            .expect("fsx is installed");
+        assert!(out.status.success(), "seed {seed}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+}
+
+/// Mounts and waits for an operator's `umount`; for tools that are run by hand:
+/// `VMFS_POINT=/mnt/x cargo nextest run -p vmfs-fuse --run-ignored only by_hand`.
+#[test]
+#[ignore = "waits for an unmount"]
+fn mounted_for_tools_run_by_hand() {
+    let point = std::env::var_os("VMFS_POINT").expect("VMFS_POINT names an empty directory");
+    let options = Options::default();
+    let meta = Meta { attrs: Attrs { mode: 0o755, ..options.root }, ..Meta::default() };
+    let catalog = Catalog::open(Arc::new(MemDisk::default()), &meta).unwrap();
+    let fs = Fs::start(Arc::new(MemBackend::default()), catalog, options).unwrap();
+    let mut mounted = mount(&fs, &MountOptions::new(point)).unwrap();
+    while mounted.wait(Duration::from_secs(3600)).is_none() {}
 }

@@ -61,7 +61,8 @@ pub(crate) const fn without_privileges(mode: u32) -> u32 {
 }
 
 fn checked_xattr_name(name: &str) -> Result<(), Errno> {
-    let known = ["user.", "trusted.", "security."].iter().any(|p| name.len() > p.len() && name.starts_with(p));
+    let known =
+        ["user.", "trusted.", "security."].iter().any(|p| name.len() > p.len() && name.starts_with(p));
     if name.len() > NAME_MAX_BYTES {
         Err(Errno::RANGE)
     } else if !known || name == "security.capability" {
@@ -150,7 +151,11 @@ impl<B: Backend> Fs<B> {
             Some(node) => node.image(),
         };
         let Some(id) = id else {
-            return reply(if change.size.is_some() { Err(Errno::ISDIR) } else { self.set_meta(ino, &change) });
+            return reply(if change.size.is_some() {
+                Err(Errno::ISDIR)
+            } else {
+                self.set_meta(ino, &change)
+            });
         };
         let truncated = change.size.is_some() && uid != 0;
         let attrs = match self.attr_change(id, &change, truncated) {

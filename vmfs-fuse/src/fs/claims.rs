@@ -44,7 +44,8 @@ impl<B: Backend> Fs<B> {
         let tree = self.tree.read();
         for (ino, row) in &rows.rows {
             let Kind::Image(id) = row.kind else { continue };
-            let told = claims.get(&id).is_none_or(|c| !c.owner_here || tree.path(*ino).as_deref() == Some(&c.path));
+            let told =
+                claims.get(&id).is_none_or(|c| !c.owner_here || tree.path(*ino).as_deref() == Some(&c.path));
             if !told {
                 self.chores.names.lock().insert(id);
             }
@@ -123,13 +124,15 @@ impl<B: Backend> Fs<B> {
                 Ok(()) | Err(Errno::ROFS | Errno::NOENT) => {
                     self.chores.burials.lock().remove(&id);
                 }
-                Err(error) => tracing::debug!(image = %id, %error, "the chain could not be told of the unlink yet"),
+                Err(error) => {
+                    tracing::debug!(image = %id, %error, "the chain could not be told of the unlink yet")
+                }
             },
         }
     }
 
     /// Does what is left to do.
-    fn do_chores(&self) {
+    pub(crate) fn do_chores(&self) {
         let burials: Vec<_> = self.chores.burials.lock().iter().map(|(id, b)| (*id, *b)).collect();
         for (id, burial) in burials {
             self.dig(id, burial);

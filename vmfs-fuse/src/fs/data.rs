@@ -107,6 +107,7 @@ fn copy_piece<B: Backend>(
     let hole_end = match backend.seek_data(from, from_view, source) {
         Ok(data) => data,
         Err(Errno::NXIO) => match backend.stat(from, Some(from_view)) {
+            Ok(stat) if stat.size_bytes <= source => return Attempt::ok(0),
             Ok(stat) => stat.size_bytes,
             Err(errno) => return Attempt::err(errno),
         },

@@ -147,7 +147,12 @@ impl<B: Backend> Fs<B> {
 
     /// Something that flushes the image and answers, whoever calls it and when. The names are
     /// durable already: every namespace operation syncs before it answers.
-    pub(crate) fn flusher(&self, id: ImageId, view: View, caller: Caller) -> impl FnOnce(Done<()>) + Send + use<B> {
+    pub(crate) fn flusher(
+        &self,
+        id: ImageId,
+        view: View,
+        caller: Caller,
+    ) -> impl FnOnce(Done<()>) + Send + use<B> {
         let (backend, waits) = (self.backend.clone(), super::wait::Desk::clone(&self.waits));
         let limit = Some(self.options.stall_timeout);
         move |reply| {

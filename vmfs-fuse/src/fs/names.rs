@@ -328,16 +328,12 @@ impl<B: Backend> Fs<B> {
     /// # Errors
     /// `EROFS` when an image that another host owns would get another path; `EEXIST`,
     /// `ENOTEMPTY`, `EISDIR`, `ENOTDIR`, `EINVAL` (into itself), `ENAMETOOLONG`.
-    pub fn rename(
-        &self,
-        from: (u64, &[u8]),
-        to: (u64, &[u8]),
-        rule: RenameRule,
-    ) -> Result<(), Errno> {
+    pub fn rename(&self, from: (u64, &[u8]), to: (u64, &[u8]), rule: RenameRule) -> Result<(), Errno> {
         let name = checked(to.1)?;
         let mut tree = self.tree.write();
-        let source = find(&tree, from.0, from.1)?;
+        tree.dir(from.0)?;
         tree.dir(to.0)?;
+        let source = find(&tree, from.0, from.1)?;
         let target = tree.child(to.0, name);
         match (target, rule) {
             (Some(_), RenameRule::Keep) => return Err(Errno::EXIST),
@@ -507,8 +503,7 @@ fn check_move(tree: &Tree, ino: u64, (parent, name): (u64, &str)) -> Result<(), 
 }
 
 fn check_replace(tree: &Tree, source: u64, target: u64) -> Result<(), Errno> {
-    let (source, node) =
-        (tree.get(source).ok_or(Errno::NOENT)?, tree.get(target).ok_or(Errno::NOENT)?);
+    let (source, node) = (tree.get(source).ok_or(Errno::NOENT)?, tree.get(target).ok_or(Errno::NOENT)?);
     match (source.is_dir(), node.is_dir()) {
         (true, false) => Err(Errno::NOTDIR),
         (false, true) => Err(Errno::ISDIR),

@@ -97,7 +97,11 @@ impl Park {
     }
 
     /// Tries parked operations again, first come first served per image, until closed.
-    pub(crate) fn run<B: Backend>(self: &Arc<Self>, backend: &B, retry: impl Fn(&DataOp) -> Attempt<Outcome>) {
+    pub(crate) fn run<B: Backend>(
+        self: &Arc<Self>,
+        backend: &B,
+        retry: impl Fn(&DataOp) -> Attempt<Outcome>,
+    ) {
         loop {
             let id = {
                 let mut state = self.state.lock();

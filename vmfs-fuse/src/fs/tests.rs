@@ -1,0 +1,4 @@
+//! The file system against a naive model, with power cuts in between.
+
+mod claims;
+mod model;

@@ -96,6 +96,16 @@ impl Tree {
             }
             tree.put(*ino, row.clone(), true);
         }
+        // A directory may have a lower number than the one it was moved into.
+        for (ino, row) in &rows.rows {
+            let inside = tree.children(*ino).filter(|(_, i)| tree.nodes.get(i).is_some_and(Node::is_dir));
+            let count = u32::try_from(inside.count()).unwrap_or(u32::MAX);
+            if matches!(row.kind, Kind::Dir(_))
+                && let Some(node) = tree.nodes.get_mut(ino)
+            {
+                node.subdirs = count;
+            }
+        }
         tree
     }
 

@@ -143,7 +143,8 @@ impl Waits {
     pub(crate) fn start() -> std::io::Result<Self> {
         let desk = Desk(Arc::default());
         let theirs = desk.clone();
-        let thread = std::thread::Builder::new().name("vmfs-wait".to_owned()).spawn(move || watch(&theirs.0))?;
+        let thread =
+            std::thread::Builder::new().name("vmfs-wait".to_owned()).spawn(move || watch(&theirs.0))?;
         Ok(Self { desk, thread: Mutex::new(Some(thread)) })
     }
 

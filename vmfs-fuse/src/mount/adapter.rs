@@ -205,8 +205,7 @@ impl<B: Backend> Filesystem for Adapter<B> {
             TimeOrNow::Now => Stamp::Now,
             TimeOrNow::SpecificTime(at) => Stamp::At(ns(at)),
         };
-        let change =
-            SetAttr { mode, uid, gid, size, atime: atime.map(stamp), mtime: mtime.map(stamp) };
+        let change = SetAttr { mode, uid, gid, size, atime: atime.map(stamp), mtime: mtime.map(stamp) };
         let fs = self.fs.clone();
         self.fs.setattr(ino.0, fh.map(|f| f.0), change, req.uid(), caller(req), move |result| {
             match result.and_then(|()| fs.getattr(ino.0)) {
@@ -408,7 +407,14 @@ impl<B: Backend> Filesystem for Adapter<B> {
         reply.ok();
     }
 
-    fn releasedir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
         self.fs.releasedir(fh.0);
         reply.ok();
     }
@@ -421,7 +427,16 @@ impl<B: Backend> Filesystem for Adapter<B> {
         let s = self.fs.statfs();
         let (block, free) = (u64::from(BLOCK_BYTES), s.free_bytes / u64::from(BLOCK_BYTES));
         // Every image needs at least one block of its own.
-        reply.statfs(s.total_bytes / block, free, free, s.images_count + free, free, BLOCK_BYTES, 255, BLOCK_BYTES);
+        reply.statfs(
+            s.total_bytes / block,
+            free,
+            free,
+            s.images_count + free,
+            free,
+            BLOCK_BYTES,
+            255,
+            BLOCK_BYTES,
+        );
     }
 
     fn setxattr(
@@ -449,7 +464,11 @@ impl<B: Backend> Filesystem for Adapter<B> {
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let names = self.fs.listxattr(ino.0);
-        sized(reply, size, names.map(|n| n.iter().flat_map(|n| [n.as_bytes(), b"\0"]).flatten().copied().collect()));
+        sized(
+            reply,
+            size,
+            names.map(|n| n.iter().flat_map(|n| [n.as_bytes(), b"\0"]).flatten().copied().collect()),
+        );
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {

@@ -117,8 +117,8 @@ fn mount_id(path: &Path) -> Result<MountId, Errno> {
 
 /// Resolves the path without touching what is mounted on it (a dead mount answers nothing).
 fn resolve(point: &Path) -> Result<PathBuf, MountError> {
-    let whole = std::path::absolute(point)
-        .map_err(|source| MountError::Point { point: point.to_owned(), source })?;
+    let whole =
+        std::path::absolute(point).map_err(|source| MountError::Point { point: point.to_owned(), source })?;
     let (Some(parent), Some(name)) = (whole.parent(), whole.file_name()) else {
         return Err(MountError::AlreadyMounted {
             point: whole,
@@ -191,9 +191,10 @@ fn prepare(point: &Path) -> Result<(), MountError> {
 pub(super) fn attach(point: &Path, allow_other: bool) -> Result<(OwnedFd, Attached), MountError> {
     let point = resolve(point)?;
     prepare(&point)?;
-    let device: OwnedFd = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty())
-        .map(|fd| File::from(fd).into())
-        .map_err(|e| MountError::Device { source: e.into() })?;
+    let device: OwnedFd =
+        rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty())
+            .map(|fd| File::from(fd).into())
+            .map_err(|e| MountError::Device { source: e.into() })?;
     let mut data = format!(
         "fd={},rootmode=40000,user_id={},group_id={},default_permissions,max_read={REQUEST_BYTES_MAX}",
         device.as_raw_fd(),

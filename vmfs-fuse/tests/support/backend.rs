@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use vmfs_common::ids::ImageId;
 use vmfs_fuse::backend::{
-    AttrChange, Attempt, Attrs, Backend, Claim, Done, Errno, ImageStat, PinId, SizeRule, StatFs, View, Wake,
+    Attempt, AttrChange, Attrs, Backend, Claim, Done, Errno, ImageStat, PinId, SizeRule, StatFs, View, Wake,
 };
 
 const BLOCK: u64 = 4096;
@@ -90,6 +90,9 @@ impl Content {
 
     fn zero(&mut self, offset: u64, len: u64) {
         let end = (offset + len).min(self.size);
+        if end <= offset {
+            return;
+        }
         let touched: Vec<u64> =
             self.blocks.range(offset / BLOCK..end.div_ceil(BLOCK)).map(|(b, _)| *b).collect();
         for block in touched {
@@ -191,11 +194,7 @@ impl MemBackend {
         let held: Vec<_> = {
             let mut state = self.state.lock();
             state.hold_flushes = hold;
-            if hold {
-                vec![]
-            } else {
-                state.images.values_mut().flat_map(|i| i.held.drain(..)).collect()
-            }
+            if hold { vec![] } else { state.images.values_mut().flat_map(|i| i.held.drain(..)).collect() }
         };
         held.into_iter().for_each(|done| done(Ok(())));
     }
@@ -210,6 +209,11 @@ impl MemBackend {
 
     pub(crate) fn is_unlinked(&self, id: ImageId) -> bool {
         self.state.lock().images[&id].unlinked
+    }
+
+    pub(crate) fn undelete(&self, id: ImageId) {
+        self.state.lock().images.get_mut(&id).unwrap().unlinked = false;
+        self.changed();
     }
 
     pub(crate) fn open_pins(&self, id: ImageId) -> usize {
