@@ -52,6 +52,9 @@ pub enum ConfigError {
 pub struct Config {
     /// Name of this host, as in its certificate.
     pub host: HostName,
+    /// True for a host that only votes: it never holds data, and has no mount.
+    #[serde(default)]
+    pub witness: bool,
     /// `tracing` filter of the log on standard error.
     #[serde(default = "default_log")]
     pub log: String,
@@ -352,6 +355,9 @@ impl Config {
             && (mount.point.starts_with(&self.store.dir) || self.store.dir.starts_with(&mount.point))
         {
             return key("mount.point", "the mount point and the store may not be inside each other");
+        }
+        if self.witness && self.mount.is_some() {
+            return key("witness", "a witness holds no data: it cannot have a [mount]");
         }
         if self.peers.contains_key(&self.host) {
             return key("peers", format!("{} is this host itself", self.host));

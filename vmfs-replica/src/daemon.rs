@@ -37,7 +37,8 @@ pub fn main() -> ExitCode {
         &arguments.config,
         |config| {
             anyhow::ensure!(config.mount.is_none(), "[mount] is for vmfs-fuse: this daemon has no mount");
-            Ok(vec![HostRole::Replica, HostRole::Witness])
+            let witness = vec![HostRole::Witness];
+            Ok(if config.witness { witness } else { vec![HostRole::Replica, HostRole::Witness] })
         },
         |_, _| Ok(()),
     )
@@ -81,10 +82,22 @@ pub fn run<M>(
     match started {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("{}: {e:#}", program());
+            eprintln!("{}: {}", program(), one_line(&e));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes; those that a message quotes already are left out.
+fn one_line(e: &anyhow::Error) -> String {
+    let mut text = e.to_string();
+    for cause in e.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text.replace('\n', "; ")
 }
 
 fn program() -> String {

@@ -19,7 +19,7 @@ pub(super) fn datastore(command: DatastoreCommand) -> CliResult {
     let DatastoreCommand::Init { host, address, place } = command;
     let place = absolute(place)?;
     check_free(&place.config)?;
-    let config = config(&host, Some(&address), &place)?;
+    let config = config(&host, Some(&address), false, &place)?;
     let id = init_datastore(&place.identity).map_err(CliError::failed)?;
     invite::join_local(
         &place.identity,
@@ -61,7 +61,7 @@ pub(super) async fn join(
     let identity = vmfs_net::join(&place.identity, &invitation, &reached_at, &roles).await;
     let identity = identity.map_err(CliError::failed)?;
     let host: HostName = identity.name().parse().map_err(CliError::failed)?;
-    write_config(&place.config, &config(&host, address.as_ref(), &place)?)?;
+    write_config(&place.config, &config(&host, address.as_ref(), witness, &place)?)?;
     print(&format!(
         "datastore {}\n{}\nNext: start {}\n",
         identity.datastore(),
@@ -104,11 +104,17 @@ fn absolute(mut place: PlaceArgs) -> CliResult<PlaceArgs> {
     Ok(place)
 }
 
-fn config(host: &HostName, address: Option<&PeerAddress>, place: &PlaceArgs) -> CliResult<Config> {
+fn config(
+    host: &HostName,
+    address: Option<&PeerAddress>,
+    witness: bool,
+    place: &PlaceArgs,
+) -> CliResult<Config> {
     let port = address.map_or(DEFAULT_PORT, PeerAddress::port);
     let listen = place.listen.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], port)));
     let config = Config {
         host: host.clone(),
+        witness,
         log: "info".to_owned(),
         store: StoreConfig::at(place.store.clone()),
         mount: place.mount.clone().map(MountConfig::at),

@@ -313,6 +313,7 @@ fn fill(dir: &Path, names: &[HostName]) -> CliResult {
         std::fs::create_dir(&mount).map_err(|e| at(&mount, &e))?;
         let config = Config {
             host: host.name.clone(),
+            witness: false,
             log: "info".to_owned(),
             store: StoreConfig::at("store".into()),
             mount: Some(MountConfig::at("mnt".into())),

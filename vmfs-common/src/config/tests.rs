@@ -47,7 +47,7 @@ fn example_parses_and_its_commented_defaults_are_the_defaults() {
         })
         .collect();
     assert_eq!(Config::parse(&uncommented).unwrap(), example);
-    assert_eq!(set, 13, "defaults shown in the example");
+    assert_eq!(set, 14, "defaults shown in the example");
 }
 
 #[test]
@@ -95,6 +95,7 @@ fn values_that_do_not_fit_together_are_refused() {
     for (extra, expected) in [
         ("[replication]\nlease = \"1ms\"\n", "replication.lease: 1ms is out of range (200ms to 1m)"),
         ("[peers]\na = \"h:1\"\n", "peers: a is this host itself"),
+        ("[mount]\npoint = \"/m\"\n", "witness: a witness holds no data: it cannot have a [mount]"),
         (
             "[mount]\npoint = \"/s/m\"\n",
             "mount.point: the mount point and the store may not be inside each other",
@@ -106,7 +107,8 @@ fn values_that_do_not_fit_together_are_refused() {
         ),
         ("[[policy]]\npattern = \"x\"\nreplicas = 16\n", "policy 1 (\"x\"): an image has at most 16 members"),
     ] {
-        let error = error(&with(extra));
+        let witness = if expected.starts_with("witness") { "witness = true\n" } else { "" };
+        let error = error(&format!("{witness}{}", with(extra)));
         assert!(error.starts_with(expected), "{error}");
     }
 }
