@@ -226,7 +226,10 @@ fn daemons_refuse_a_bad_configuration_in_one_line() {
         let text = String::from_utf8(output.stderr.clone()).unwrap();
         assert_eq!(code(&output), 1, "{output:?}");
         assert_eq!(text.lines().count(), 1, "{text}");
-        assert!(text.contains("line 5, column 1") && text.matches("unknown field `colour`").count() == 1, "{text}");
+        assert!(
+            text.contains("line 5, column 1") && text.matches("unknown field `colour`").count() == 1,
+            "{text}"
+        );
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmfs"));
         assert_eq!(code(&command.arg0(daemon).arg("--frob").output().unwrap()), 2);
     }

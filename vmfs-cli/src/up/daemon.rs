@@ -23,6 +23,8 @@ use crate::error::{CliError, CliResult};
 const READY_MAX: Duration = Duration::from_secs(60);
 /// Between two looks whether it is.
 const READY_POLL: Duration = Duration::from_millis(20);
+/// How long one look may take.
+const ANSWER_MAX: Duration = Duration::from_millis(500);
 /// How long a daemon may take to end on SIGTERM.
 const STOP_MAX: Duration = Duration::from_secs(20);
 /// How long the kernel may take to end it on SIGKILL.
@@ -122,8 +124,11 @@ impl Running {
         if self.host.pid()? != Some(self.child.id()) {
             return Ok(false);
         }
-        let answer: CliResult<StatusReport> = Client::new(&self.host.socket()).get("/v1/status").await;
-        Ok(answer.is_ok() && mounts::is_mounted(&self.host.mount()).map_err(CliError::failed)?)
+        let client = Client::new(&self.host.socket());
+        // The socket may be there before anybody serves it.
+        let asked = tokio::time::timeout(ANSWER_MAX, client.get::<StatusReport>("/v1/status"));
+        let answers = asked.await.is_ok_and(|answer| answer.is_ok());
+        Ok(answers && mounts::is_mounted(&self.host.mount()).map_err(CliError::failed)?)
     }
 
     /// What happened, with the last thing the daemon said.
