@@ -60,11 +60,15 @@ impl Machine {
             }
             return;
         }
-        let quorum_at = *c.quorum_at.get_or_insert(env.now);
+        if !c.quorum_seen {
+            c.quorum_seen = true;
+            c.grace_until = Some(env.now.plus(self.timing.adopt_grace_ms));
+        }
         let in_no_hurry = c.occasion != Occasion::Handover;
-        if in_no_hurry && !everybody && env.now.since(quorum_at) < self.timing.adopt_grace_ms {
+        if in_no_hurry && !everybody && c.grace_until.is_some_and(|t| t > env.now) {
             return;
         }
+        c.grace_until = None;
         let votes: Vec<Vote> = c.votes.values().cloned().collect();
         let adopted = match adopted_head(&votes) {
             Ok(head) => head,
@@ -227,7 +231,6 @@ impl Machine {
     fn unvouched(&mut self, env: &mut Env<'_>, from: HostId, out: &mut Vec<Output>) {
         if let RoleState::Candidate(c) = &mut self.role {
             c.votes.remove(&from);
-            c.quorum_at = None;
         }
         self.refuse(env, from, None, Refusal::Unvouched, out);
     }

@@ -56,7 +56,11 @@ pub(crate) struct Candidate {
     pub(crate) outbid_by: Epoch,
     pub(crate) attempts: u32,
     pub(crate) ask_again_at: Millis,
-    pub(crate) quorum_at: Option<Millis>,
+    asked: u32,
+    /// There has been a quorum of votes for this ballot.
+    pub(crate) quorum_seen: bool,
+    /// Until when the votes of other connected members are waited for.
+    pub(crate) grace_until: Option<Millis>,
     /// What is known to be lost by starting a separate lineage.
     pub(crate) forced_loss: Option<Loss>,
 }
@@ -81,7 +85,9 @@ impl Candidate {
             outbid_by: Epoch::default(),
             attempts: 0,
             ask_again_at: until,
-            quorum_at: None,
+            asked: 0,
+            quorum_seen: false,
+            grace_until: None,
             forced_loss: None,
         }
     }
@@ -91,8 +97,7 @@ impl Candidate {
             Stage::Backoff { until } => Some(*until),
             Stage::Promising => None,
             Stage::Collecting => {
-                let grace = self.quorum_at.map(|t| t.plus(timing.adopt_grace_ms));
-                Some(grace.map_or(self.ask_again_at, |g| g.min(self.ask_again_at)))
+                Some(self.grace_until.map_or(self.ask_again_at, |g| g.min(self.ask_again_at)))
             }
             Stage::Vouching(v) => Some(v.since.plus(8 * timing.retry_ms)),
             Stage::Fetching(f) => Some(f.since.plus(8 * timing.retry_ms)),
@@ -187,7 +192,9 @@ impl Machine {
         c.shares.clear();
         c.answers.clear();
         c.bad_sources.clear();
-        c.quorum_at = None;
+        c.quorum_seen = false;
+        c.grace_until = None;
+        c.asked = 0;
         c.problem = None;
         c.attempts += 1;
         if c.forcing {
@@ -221,8 +228,8 @@ impl Machine {
 
     /// Proposes to every connected member that has not voted.
     fn ask(&self, out: &mut Vec<Output>) {
-        for m in self.state.members.all() {
-            self.ask_one(m.host, out);
+        for host in &self.connected {
+            self.ask_one(*host, out);
         }
     }
 
@@ -231,7 +238,7 @@ impl Machine {
         let Some(proposal) = &c.proposal else { return };
         let asking = !matches!(c.stage, Stage::Backoff { .. } | Stage::Promising) && !c.forcing;
         let known = self.connected.contains(&host) && host != self.id.host && !c.votes.contains_key(&host);
-        if !asking || !known || self.state.members.get(host).is_none() {
+        if !asking || !known || self.elector(host).is_none() {
             return;
         }
         let consent = c.predecessor.and_then(|p| c.votes.get(&p)).cloned();
@@ -251,7 +258,7 @@ impl Machine {
         share: Option<(Epoch, Vec<u8>)>,
         out: &mut Vec<Output>,
     ) {
-        let member = self.state.members.get(from).cloned();
+        let member = self.elector(from).cloned();
         let amnesia = member.as_ref().is_some_and(|m| self.has_amnesia(m, &vote));
         let RoleState::Candidate(c) = &mut self.role else { return };
         let Some(proposal) = &c.proposal else { return };
@@ -296,7 +303,7 @@ impl Machine {
         out: &mut Vec<Output>,
     ) {
         let jitter = self.jitter(env);
-        if self.state.members.get(from).is_none() {
+        if self.elector(from).is_none() {
             return;
         }
         let RoleState::Candidate(c) = &mut self.role else { return };
@@ -375,7 +382,14 @@ impl Machine {
             }
             Stage::Collecting => {
                 if c.ask_again_at <= env.now {
-                    c.ask_again_at = env.now.plus(self.timing.retry_ms);
+                    c.asked += 1;
+                    c.ask_again_at = env.now.plus(self.timing.retry_ms << c.asked.min(4));
+                    c.bad_sources.clear();
+                    let hopeless = c.asked > 1 && c.token.is_some() && !c.quorum_seen;
+                    if hopeless && self.all_answered() {
+                        self.give_up(env, out);
+                        return;
+                    }
                     self.ask(out);
                 }
                 self.try_adopt(env, out);

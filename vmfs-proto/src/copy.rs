@@ -7,6 +7,7 @@ use vmfs_common::header::Update;
 use vmfs_common::ids::{Epoch, Head, HostId, Seq};
 use vmfs_common::msg::ImageMsg;
 use vmfs_common::op::Op;
+use vmfs_common::policy::Member;
 use vmfs_common::state::ImageState;
 
 use crate::api::{Env, Event, FlushError, Output, Take};
@@ -277,6 +278,13 @@ impl Machine {
         let rule = self.meta.previous.as_ref()?;
         let same = rule.members == self.state.members && rule.policy == self.state.policy;
         (!same).then_some(rule)
+    }
+
+    /// A member under the list at the head, or under the one before a change that may not be
+    /// committed: its vote is asked for.
+    pub(crate) fn elector(&self, host: HostId) -> Option<&Member> {
+        let before = self.previous_rule().and_then(|r| r.members.get(host));
+        self.state.members.get(host).or(before)
     }
 
     /// The store has rolled back, durably.

@@ -27,6 +27,8 @@ mod meta;
 mod owner;
 mod shares;
 pub mod status;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod voter;
 
 pub use api::{

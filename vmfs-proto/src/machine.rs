@@ -250,6 +250,16 @@ impl Machine {
         update
     }
 
+    /// Appends a Seal over the present head now, beside those the machine makes by itself: block-level
+    /// sync and comparisons of copies rest on it. The caller has asked [`Machine::may_write`] under the
+    /// same lock and stores the update.
+    ///
+    /// # Panics
+    /// When this host is not the owner.
+    pub fn seal(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) -> Update {
+        self.make_update(env, None, out)
+    }
+
     /// Everything else.
     pub fn handle(&mut self, env: &mut Env<'_>, input: Input, out: &mut Vec<Output>) {
         if matches!(self.role, RoleState::Failed) {
@@ -333,7 +343,7 @@ impl Machine {
             self.following = None;
             self.ack_due = None;
         }
-        self.owner_peer_down(host);
+        self.owner_peer_down(env, host);
         self.candidate_peer_down(env, host, out);
     }
 
@@ -421,6 +431,33 @@ impl Machine {
         self.role = RoleState::Failed;
         self.promise = None;
         out.push(Output::GateChanged);
+    }
+
+    /// This host owns the image, and its `EpochStart` is committed.
+    #[must_use]
+    pub fn is_open_owner(&self) -> bool {
+        matches!(&self.role, RoleState::Owner(o) if o.is_open())
+    }
+
+    /// Where the machine stands, for logs and failed tests.
+    #[must_use]
+    pub fn describe_role(&self) -> String {
+        let promised = self.promised();
+        match &self.role {
+            RoleState::Candidate(c) => {
+                format!(
+                    "candidate {:?} votes {:?} {:?} promised {promised}",
+                    c.stage,
+                    c.votes.keys(),
+                    c.problem
+                )
+            }
+            RoleState::Owner(o) => {
+                format!("owner open {} commit {} promised {promised}", o.is_open(), o.commit)
+            }
+            RoleState::Follower => format!("follower of {:?} promised {promised}", self.following),
+            RoleState::Failed => "failed".to_owned(),
+        }
     }
 
     // --- what all roles use ---

@@ -68,7 +68,9 @@ impl Machine {
         if self.meta.forced.is_some_and(|_| from != self.id.host) {
             return Err(VoteRefusal::OtherLineage);
         }
-        if !self.is_admitted() {
+        let nothing_vouched = self.meta.floor.is_some_and(|f| f.seq == Seq::ZERO);
+        let admitted = self.elector(self.id.host).is_some_and(|m| m.store == self.id.store);
+        if !admitted || nothing_vouched {
             return Err(VoteRefusal::NotMember);
         }
         let epoch = self.epoch().max(self.following.as_ref().map_or(Epoch::default(), |f| f.start.epoch));
@@ -82,7 +84,10 @@ impl Machine {
         }
         match occasion {
             Occasion::Operator => Ok(()),
-            Occasion::Restart if epoch.host == from => Ok(()),
+            // The owner of the last epoch known here, or of a later one that has not reached us.
+            Occasion::Restart if epoch.host == from || (head.epoch.host == from && head.epoch > epoch) => {
+                Ok(())
+            }
             Occasion::Restart => Err(VoteRefusal::NotOwner(epoch)),
             Occasion::Handover => {
                 let agreed = consent.is_some_and(|v| self.is_consent(v, proposal, epoch.host));

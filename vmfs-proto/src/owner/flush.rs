@@ -161,6 +161,9 @@ impl Machine {
         if opened {
             self.opened(env, out);
         }
+        if previous.is_some() && self.meta.previous.is_none() {
+            self.dismiss_former_members(out);
+        }
         while self.flushes.front().is_some_and(|f| f.target.seq <= flushed) {
             let f = self.flushes.pop_front().expect("invariant: just looked at");
             out.push(Output::FlushDone { token: f.token, result: Ok(()) });
@@ -199,7 +202,9 @@ impl Machine {
         let mut times: Vec<Millis> = self.state.members.all().iter().map(|m| contact(m.host)).collect();
         times.sort_by(|a, b| b.cmp(a));
         let quorum = times[self.state.members.quorum() - 1];
-        o.lease_until = quorum.plus(self.timing.lease_ms);
+        // An owner that is its own quorum cannot lose it.
+        let alone = self.state.members.quorum() == 1;
+        o.lease_until = if alone { Millis(u64::MAX) } else { quorum.plus(self.timing.lease_ms) };
         let next = env.now.plus(self.timing.lease_ms / 4);
         o.lease_check_at = if o.lease_until > env.now { next.min(o.lease_until.plus(1)) } else { next };
         let frozen = o.is_frozen(env.now, &self.state);

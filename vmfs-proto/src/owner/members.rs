@@ -167,11 +167,7 @@ impl Machine {
             Some(Step::Forgetting(v)) if self.meta_persisted >= v => {
                 let Some(change) = o.change.take() else { return };
                 op_done(out, change.token, Ok(OpOutcome::Done));
-                if let Kind::Remove(host) = change.kind {
-                    o.links.remove(&host);
-                    out.push(Output::StopStream { to: host });
-                    send(out, host, ImageMsg::NotMember { head: self.state.head() });
-                }
+                self.dismiss_former_members(out);
             }
             _ => {}
         }
@@ -195,8 +191,10 @@ impl Machine {
                 && let Some(link) = o.links.get_mut(&m.host)
             {
                 link.admitted = true;
+                o.lease_from = env.now;
             }
         }
+        self.check_lease(env, out);
         self.sync_round(env, out);
     }
 
@@ -221,6 +219,26 @@ impl Machine {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Lets go of hosts that are no members any more, once the change that removed them is committed
+    /// and the rule before it durably forgotten.
+    pub(crate) fn dismiss_former_members(&mut self, out: &mut Vec<Output>) {
+        let head = self.state.head();
+        if self.meta_due.is_some() {
+            self.persist(out);
+        }
+        let RoleState::Owner(o) = &mut self.role else { return };
+        if o.change.is_some() {
+            return;
+        }
+        let former: Vec<HostId> =
+            o.links.keys().copied().filter(|h| self.state.members.get(*h).is_none()).collect();
+        for host in former {
+            o.links.remove(&host);
+            out.push(Output::StopStream { to: host });
+            send(out, host, ImageMsg::NotMember { head });
         }
     }
 }

@@ -225,7 +225,9 @@ impl Machine {
         if let Some(own) = shares.get(&self.id.host) {
             self.meta.keep_share(update.header.epoch, own.clone());
         }
-        let others = members.all().iter().filter(|m| m.host != self.id.host);
+        // Members that a change not known to be committed leaves out still count.
+        let before = self.previous_rule().map(|r| r.members.all().to_vec()).unwrap_or_default();
+        let others = before.iter().chain(members.all()).filter(|m| m.host != self.id.host);
         let links = others.map(|m| (m.host, Link::new(m, true))).collect();
         let mut owner = Owner {
             chain,

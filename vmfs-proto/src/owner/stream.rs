@@ -155,7 +155,11 @@ impl Machine {
         self.offer(env, host, out);
     }
 
-    pub(crate) fn owner_peer_down(&mut self, host: HostId) {
+    pub(crate) fn owner_peer_down(&mut self, env: &Env<'_>, host: HostId) {
+        if let Some(op) = self.handover.as_mut().filter(|h| h.to == host && h.taken.is_none()) {
+            // Settled at the next tick, which is due now.
+            op.deadline = op.deadline.min(env.now);
+        }
         if let RoleState::Owner(o) = &mut self.role
             && let Some(link) = o.links.get_mut(&host)
         {

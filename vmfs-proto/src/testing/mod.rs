@@ -1,0 +1,629 @@
+//! A deterministic cluster in memory: real machines on virtual time, over links that fail and disks
+//! that lose what was not synced. One seed, one run. The checks in [`oracle`] look at the chains
+//! from outside and know nothing of the machines' reasoning.
+//!
+//! This is the engine's contract ([`crate::api`]) in its smallest form.
+
+pub mod node;
+pub mod oracle;
+mod schedule;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use vmfs_common::chain::Draft;
+use vmfs_common::election::Genesis;
+use vmfs_common::header::{FORMAT_LEVEL, Update};
+use vmfs_common::identity::HostKey;
+use vmfs_common::msg::ImageMsg;
+use vmfs_common::op::{Attrs, Op};
+use vmfs_common::policy::{ImagePolicy, Member, MemberList, MemberRole};
+use vmfs_common::{DatastoreId, HostId, ImageId, Millis, Seq, StoreId};
+
+use crate::api::{
+    Contact, Env, Event, FlushError, Gate, Identity, Input, OpError, OpOutcome, Output, Timing, Token,
+};
+use crate::machine::Machine;
+use crate::status::Status;
+
+use node::{Done, Node};
+use oracle::Oracle;
+pub use schedule::random_run;
+
+/// Index of a host in its cluster.
+pub type At = usize;
+
+/// A small deterministic generator (splitmix64): the tests' only source of chance.
+#[derive(Debug, Clone)]
+pub struct Rng(pub u64);
+
+impl Rng {
+    /// The next 64 bits.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    /// Below `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n.max(1)
+    }
+    /// An index below `n`.
+    pub fn index(&mut self, n: usize) -> usize {
+        usize::try_from(self.below(n as u64)).expect("invariant: below a usize")
+    }
+    /// Random bytes.
+    pub fn fill(&mut self, buf: &mut [u8]) {
+        for chunk in buf.chunks_mut(8) {
+            let bytes = self.next().to_le_bytes();
+            chunk.copy_from_slice(&bytes[..chunk.len()]);
+        }
+    }
+}
+
+/// What travels on a link.
+#[derive(Debug, Clone)]
+pub enum Packet {
+    /// A control message.
+    Msg(Box<ImageMsg>),
+    /// An update frame.
+    Update(Box<Update>),
+}
+
+/// The state of the path between two hosts.
+#[derive(Debug, Default)]
+struct Path {
+    /// Packets get through.
+    open: bool,
+    /// Both ends believe in the connection.
+    connected: bool,
+    /// When packets last got through.
+    last_open: Option<Millis>,
+    cut_at: Option<Millis>,
+    /// In order, by direction (from the lower index, from the higher).
+    queues: [VecDeque<(Millis, Packet)>; 2],
+}
+
+/// How long after a cut both ends notice.
+const NOTICE_MS: u64 = 400;
+
+/// The cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    /// Virtual time.
+    pub now: Millis,
+    /// All hosts; the first `size` of them are members of the image.
+    pub nodes: Vec<Node>,
+    /// Checks from outside.
+    pub oracle: Oracle,
+    /// Chance.
+    pub rng: Rng,
+    /// The image.
+    pub image: ImageId,
+    /// Delays of the machines.
+    pub timing: Timing,
+    /// Answers to operations.
+    pub ops: BTreeMap<Token, Result<OpOutcome, OpError>>,
+    /// Answers to flushes.
+    pub flushed: BTreeMap<Token, Result<(), FlushError>>,
+    /// Everything reported, by host.
+    pub events: Vec<(At, Event)>,
+    paths: BTreeMap<(At, At), Path>,
+    next_token: Token,
+}
+
+/// A host of a test: key, ids and names follow from its index.
+#[must_use]
+pub fn identity(at: At) -> Arc<Identity> {
+    let byte = u8::try_from(at + 1).expect("invariant: few hosts");
+    let key = HostKey::from_seed([byte; 32]);
+    Arc::new(Identity {
+        datastore: DatastoreId::from_bytes([0xdd; 16]),
+        host: key.host_id(),
+        store: StoreId::from_bytes([byte; 16]),
+        key,
+    })
+}
+
+/// A member of a test.
+#[must_use]
+pub fn member(id: &Identity, role: MemberRole) -> Member {
+    Member { host: id.host, store: id.store, key: id.key.public(), role }
+}
+
+impl Cluster {
+    /// Hosts with these roles as members, all connected, and the image created at host 0.
+    #[must_use]
+    pub fn new(seed: u64, roles: &[MemberRole], policy: ImagePolicy) -> Self {
+        let mut c = Self {
+            now: Millis(10_000),
+            nodes: roles.iter().enumerate().map(|(at, role)| Node::new(identity(at), *role)).collect(),
+            oracle: Oracle::default(),
+            rng: Rng(seed),
+            image: ImageId::from_bytes([0x11; 16]),
+            timing: Timing::default(),
+            ops: BTreeMap::new(),
+            flushed: BTreeMap::new(),
+            events: Vec::new(),
+            paths: BTreeMap::new(),
+            next_token: 1,
+        };
+        let members = c.nodes.iter().map(|n| member(&n.id, n.kind)).collect();
+        let members = MemberList::new(members).expect("invariant: distinct test hosts");
+        c.connect_new(0..c.nodes.len());
+        let genesis = Genesis { members, policy, attrs: Attrs::default(), level: FORMAT_LEVEL };
+        let (id, timing, image) = (c.nodes[0].id.clone(), c.timing.clone(), c.image);
+        c.make(0, |env, out| Machine::genesis(env, id, timing, image, genesis, out));
+        c
+    }
+
+    /// One more host, connected to all, that is no member yet.
+    pub fn add_host(&mut self, role: MemberRole) -> At {
+        let at = self.nodes.len();
+        self.nodes.push(Node::new(identity(at), role));
+        self.connect_new(at..at + 1);
+        at
+    }
+
+    fn connect_new(&mut self, new: std::ops::Range<At>) {
+        for b in new {
+            for a in 0..b {
+                let path = Path { open: true, connected: true, last_open: Some(self.now), ..Path::default() };
+                self.paths.insert((a, b), path);
+            }
+        }
+    }
+
+    /// The index of a host.
+    #[must_use]
+    pub fn at(&self, host: HostId) -> At {
+        self.nodes.iter().position(|n| n.id.host == host).expect("invariant: a host of this cluster")
+    }
+
+    /// What a machine tells of itself.
+    #[must_use]
+    pub fn status(&self, at: At) -> Status {
+        self.nodes[at].machine.as_ref().expect("the machine runs").status(self.now)
+    }
+
+    /// The host that owns the image and serves it.
+    #[must_use]
+    pub fn owner(&self) -> Option<At> {
+        let open = |n: &Node| n.machine.as_ref().is_some_and(Machine::is_open_owner);
+        let best = self.nodes.iter().enumerate().filter(|(_, n)| open(n));
+        best.max_by_key(|(_, n)| n.head().epoch).map(|(at, _)| at)
+    }
+
+    // --- faults ---
+
+    /// Cuts the path between two hosts; they notice after a while.
+    pub fn cut(&mut self, a: At, b: At) {
+        let path = self.paths.get_mut(&(a.min(b), a.max(b))).expect("invariant: a path for each pair");
+        if path.open {
+            path.open = false;
+            path.cut_at = Some(self.now);
+            path.queues.iter_mut().for_each(VecDeque::clear);
+        }
+    }
+
+    /// Cuts a host off from all others.
+    pub fn isolate(&mut self, at: At) {
+        (0..self.nodes.len()).filter(|b| *b != at).for_each(|b| self.cut(at, b));
+    }
+
+    /// Restores the path between two hosts.
+    pub fn heal(&mut self, a: At, b: At) {
+        let key = (a.min(b), a.max(b));
+        if self.paths.get(&key).is_some_and(|p| p.open) || !self.nodes[a].up || !self.nodes[b].up {
+            return;
+        }
+        self.disconnect(key);
+        let now = self.now;
+        let path = self.paths.get_mut(&key).expect("invariant: a path for each pair");
+        *path = Path { open: true, connected: true, last_open: Some(now), ..Path::default() };
+        for (me, peer) in [(a, b), (b, a)] {
+            let host = self.nodes[peer].id.host;
+            self.input(me, Input::PeerUp { host });
+        }
+    }
+
+    /// Restores everything.
+    pub fn heal_all(&mut self) {
+        for at in 0..self.nodes.len() {
+            self.restart(at);
+        }
+        for b in 0..self.nodes.len() {
+            (0..b).for_each(|a| self.heal(a, b));
+        }
+    }
+
+    fn disconnect(&mut self, key: (At, At)) {
+        let path = self.paths.get_mut(&key).expect("invariant: a path for each pair");
+        path.queues.iter_mut().for_each(VecDeque::clear);
+        if std::mem::take(&mut path.connected) {
+            for (me, peer) in [key, (key.1, key.0)] {
+                let host = self.nodes[peer].id.host;
+                self.nodes[me].streams.remove(&peer);
+                self.input(me, Input::PeerDown { host });
+            }
+        }
+    }
+
+    /// The host's power fails: what was not synced may be lost, some of it may have reached the disk.
+    pub fn crash(&mut self, at: At) {
+        if !self.nodes[at].up {
+            return;
+        }
+        let keep = self.rng.next();
+        self.nodes[at].crash(keep);
+        for b in (0..self.nodes.len()).filter(|b| *b != at) {
+            self.cut(at, b);
+        }
+    }
+
+    /// The host starts again from what its disk holds.
+    pub fn restart(&mut self, at: At) {
+        if self.nodes[at].up {
+            return;
+        }
+        self.nodes[at].up = true;
+        if let Some((state, meta)) = self.nodes[at].recover(self.image) {
+            let (id, timing, kind) = (self.nodes[at].id.clone(), self.timing.clone(), self.nodes[at].kind);
+            let durable = state.head();
+            self.make(at, |env, out| {
+                Machine::recover(env, id, timing, kind, state, durable, meta.as_deref(), out)
+                    .expect("own meta record")
+            });
+        }
+        for b in (0..self.nodes.len()).filter(|b| *b != at) {
+            self.heal(at, b);
+        }
+    }
+
+    // --- guests and operators ---
+
+    /// A token for a request.
+    pub fn token(&mut self) -> Token {
+        self.next_token += 1;
+        self.next_token
+    }
+
+    /// A guest writes at a host, if its gate is open.
+    pub fn write(&mut self, at: At) -> bool {
+        let now = self.now;
+        if self.nodes[at].machine.as_ref().is_none_or(|m| m.may_write(now) != Gate::Open) {
+            return false;
+        }
+        let size_bytes = self.rng.below(1 << 30);
+        let draft = Draft::op(Op::Resize { size_bytes });
+        let update = self.with(at, |m, env, out| m.append(env, draft, out)).expect("the machine runs");
+        let node = &mut self.nodes[at];
+        // `with` has executed the outputs; the guest's own update comes before anything they appended.
+        node.store(&update);
+        self.pump(at);
+        true
+    }
+
+    /// A guest flushes at a host. The answer will be in `flushed`.
+    pub fn flush(&mut self, at: At) -> Token {
+        let token = self.token();
+        self.oracle.flush_begins(token, self.nodes[at].head());
+        self.input(at, Input::Flush { token });
+        token
+    }
+
+    /// An operator's order. The answer will be in `ops`.
+    pub fn op(&mut self, at: At, input: impl FnOnce(Token) -> Input) -> Token {
+        let token = self.token();
+        self.input(at, input(token));
+        token
+    }
+
+    // --- running ---
+
+    /// Lets `ms` pass.
+    pub fn run(&mut self, ms: u64) {
+        let end = self.now.plus(ms);
+        while self.step(end) {}
+        self.now = end;
+    }
+
+    /// Runs until `done`; panics after `ms`.
+    ///
+    /// # Panics
+    /// When it does not happen.
+    pub fn until(&mut self, what: &str, ms: u64, done: impl Fn(&Self) -> bool) {
+        let end = self.now.plus(ms);
+        while !done(self) {
+            assert!(self.step(end), "not within {ms} ms: {what}\n{}", self.describe());
+        }
+    }
+
+    /// Runs until an operation is answered.
+    ///
+    /// # Panics
+    /// When it is not within 20 s.
+    pub fn answer(&mut self, token: Token) -> Result<OpOutcome, OpError> {
+        self.until("an answer to an operation", 20_000, |c| c.ops.contains_key(&token));
+        self.ops[&token].clone()
+    }
+
+    /// Runs until a flush is answered.
+    ///
+    /// # Panics
+    /// When it is not within 20 s.
+    pub fn flush_answer(&mut self, token: Token) -> Result<(), FlushError> {
+        self.until("an answer to a flush", 20_000, |c| c.flushed.contains_key(&token));
+        self.flushed[&token]
+    }
+
+    /// The next event not after `end`; false when there is none.
+    fn step(&mut self, end: Millis) -> bool {
+        let disks = self.nodes.iter().enumerate().filter_map(|(at, n)| n.next_done().map(|t| (t, 0, at, 0)));
+        let timers = self.nodes.iter().enumerate().filter_map(|(at, n)| n.deadline().map(|t| (t, 1, at, 0)));
+        let packets = self.paths.iter().flat_map(|((a, b), p)| {
+            let cut = p.cut_at.filter(|_| p.connected).map(|t| (t.plus(NOTICE_MS), 2, *a, *b));
+            let first = p.queues[0].front().map(|q| (q.0, 3, *a, *b));
+            let second = p.queues[1].front().map(|q| (q.0, 3, *b, *a));
+            [cut, first, second].into_iter().flatten()
+        });
+        let Some((t, kind, a, b)) = disks.chain(timers).chain(packets).min() else { return false };
+        if t > end {
+            return false;
+        }
+        self.now = self.now.max(t);
+        match kind {
+            0 => self.disk_done(a),
+            1 => self.input(a, Input::Tick),
+            2 => self.disconnect((a, b)),
+            _ => self.deliver(a, b),
+        }
+        true
+    }
+
+    fn disk_done(&mut self, at: At) {
+        match self.nodes[at].finish_one() {
+            Some(Done::Sync(head)) => self.input(at, Input::Synced { head }),
+            Some(Done::Meta(version)) => self.input(at, Input::MetaPersisted { version }),
+            Some(Done::Import(from)) => self.import(at, from),
+            None => {}
+        }
+    }
+
+    fn import(&mut self, at: At, from: At) {
+        match self.nodes[from].log.last().filter(|_| self.nodes[from].up) {
+            Some((_, state)) => {
+                let state = Box::new(state.clone());
+                let log = self.nodes[from].log.clone();
+                self.nodes[at].replace(log);
+                self.input(at, Input::Imported { state });
+            }
+            None => self.input(at, Input::ImportFailed),
+        }
+    }
+
+    fn deliver(&mut self, from: At, to: At) {
+        let key = (from.min(to), from.max(to));
+        let path = self.paths.get_mut(&key).expect("invariant: a path for each pair");
+        let (_, packet) = path.queues[usize::from(from > to)].pop_front().expect("invariant: just looked at");
+        path.last_open = Some(self.now);
+        self.receive(from, to, packet);
+    }
+
+    /// A packet arrives. Public, so that tests can send what no machine would.
+    pub fn receive(&mut self, from: At, to: At, packet: Packet) {
+        let host = self.nodes[from].id.host;
+        if !self.nodes[to].up {
+            return;
+        }
+        match packet {
+            Packet::Msg(msg) => {
+                if self.nodes[to].machine.is_none()
+                    && let ImageMsg::Offer { role, .. } = &*msg
+                {
+                    let (id, timing, image, role) =
+                        (self.nodes[to].id.clone(), self.timing.clone(), self.image, *role);
+                    self.make(to, |env, out| Machine::blank(env, id, timing, image, role, out));
+                }
+                if let ImageMsg::Sync { .. } = &*msg {
+                    self.oracle.syncs += 1;
+                }
+                self.input(to, Input::Msg { from: host, msg });
+            }
+            Packet::Update(update) => self.take(host, to, &update),
+        }
+    }
+
+    fn take(&mut self, from: HostId, to: At, update: &Update) {
+        use crate::api::Take;
+        loop {
+            match self.with(to, |m, env, out| m.check_update(env, from, update, out)) {
+                Some(Ok(Take::Append)) => break,
+                Some(Ok(Take::RollBack { to: head })) => self.roll_back(to, head.seq),
+                _ => return,
+            }
+        }
+        self.nodes[to].store(update);
+        self.with(to, |m, env, out| m.took(env, update, out));
+        self.pump(to);
+    }
+
+    fn roll_back(&mut self, at: At, to: Seq) {
+        let state = self.nodes[at].roll_back(to, self.image);
+        self.with(at, |m, env, out| m.rolled_back(env, state, out));
+    }
+
+    /// Feeds a machine, and executes what it wants done.
+    pub fn input(&mut self, at: At, input: Input) {
+        self.with(at, |m, env, out| m.handle(env, input, out));
+        self.pump(at);
+    }
+
+    fn make(&mut self, at: At, make: impl FnOnce(&mut Env<'_>, &mut Vec<Output>) -> Machine) {
+        let mut out = Vec::new();
+        let contacts = self.contacts(at);
+        let contact = |h: HostId| contacts.get(&h).copied().unwrap_or_default();
+        let log = &self.nodes[at].log;
+        let mut rng = Rng(self.rng.next());
+        let mut env = Env {
+            now: self.now,
+            time_ns: self.now.0 * 1_000_000,
+            entropy: &mut |b: &mut [u8]| rng.fill(b),
+            contact: &contact,
+            history: &|s| node::head_at(log, s),
+            log_start: self.nodes[at].log_start,
+        };
+        let machine = make(&mut env, &mut out);
+        self.nodes[at].machine = Some(machine);
+        self.execute(at, out);
+        let peers: BTreeSet<At> = (0..self.nodes.len()).filter(|b| self.is_connected(at, *b)).collect();
+        for b in peers {
+            let host = self.nodes[b].id.host;
+            self.input(at, Input::PeerUp { host });
+        }
+        self.pump(at);
+    }
+
+    fn is_connected(&self, a: At, b: At) -> bool {
+        a != b && self.paths[&(a.min(b), a.max(b))].connected
+    }
+
+    fn contacts(&self, at: At) -> BTreeMap<HostId, Contact> {
+        let mut all = BTreeMap::new();
+        for (b, n) in self.nodes.iter().enumerate().filter(|(b, _)| *b != at) {
+            let path = &self.paths[&(at.min(b), at.max(b))];
+            let last = if path.open { Some(self.now) } else { path.cut_at.or(path.last_open) };
+            let ping = last.map(|t| Millis(t.0.saturating_sub(5)));
+            all.insert(n.id.host, Contact { heard: last, confirmed: ping });
+        }
+        all
+    }
+
+    fn with<R>(
+        &mut self,
+        at: At,
+        f: impl FnOnce(&mut Machine, &mut Env<'_>, &mut Vec<Output>) -> R,
+    ) -> Option<R> {
+        let mut machine = self.nodes[at].machine.take()?;
+        let mut out = Vec::new();
+        let contacts = self.contacts(at);
+        let contact = |h: HostId| contacts.get(&h).copied().unwrap_or_default();
+        let log = &self.nodes[at].log;
+        let mut rng = Rng(self.rng.next());
+        let mut env = Env {
+            now: self.now,
+            time_ns: self.now.0 * 1_000_000,
+            entropy: &mut |b: &mut [u8]| rng.fill(b),
+            contact: &contact,
+            history: &|s| node::head_at(log, s),
+            log_start: self.nodes[at].log_start,
+        };
+        let result = f(&mut machine, &mut env, &mut out);
+        self.nodes[at].machine = Some(machine);
+        self.execute(at, out);
+        Some(result)
+    }
+
+    fn send(&mut self, from: At, to: At, packet: Packet) {
+        let delay = 1 + self.rng.below(3);
+        let now = self.now;
+        let path =
+            self.paths.get_mut(&(from.min(to), from.max(to))).expect("invariant: a path for each pair");
+        if path.open && path.connected {
+            let queue = &mut path.queues[usize::from(from > to)];
+            let at = queue.back().map_or(now.plus(delay), |(t, _)| (*t).max(now.plus(delay)));
+            queue.push_back((at, packet));
+        }
+    }
+
+    fn execute(&mut self, at: At, outputs: Vec<Output>) {
+        for output in outputs {
+            self.execute_one(at, output);
+        }
+        self.oracle.observe(&self.nodes);
+    }
+
+    fn execute_one(&mut self, at: At, output: Output) {
+        match output {
+            Output::Send { to, msg } => {
+                let to = self.at(to);
+                self.send(at, to, Packet::Msg(msg));
+            }
+            Output::Stream { to, after, headers_only: _ } => {
+                let to = self.at(to);
+                self.nodes[at].streams.insert(to, node::Stream::new(after));
+            }
+            Output::StopStream { to } => {
+                let to = self.at(to);
+                self.nodes[at].streams.remove(&to);
+            }
+            Output::RequestSync { to, seq, commit } => {
+                let to = self.at(to);
+                if let Some(s) = self.nodes[at].streams.get_mut(&to) {
+                    s.request(seq, commit);
+                }
+            }
+            Output::LocalSync => {
+                let due = self.now.plus(1 + self.rng.below(4));
+                self.nodes[at].start_sync(due);
+            }
+            Output::AppendLocal(update) => self.nodes[at].store_own(&update),
+            Output::PersistMeta { version, bytes } => {
+                let due = self.now.plus(1 + self.rng.below(4));
+                self.nodes[at].start_meta(due, version, bytes);
+            }
+            Output::RollBack { to, keep_fork: _ } => self.roll_back(at, to.seq),
+            Output::FlushDone { token, result } => {
+                if result.is_ok() {
+                    self.oracle.flush_done(token, &self.nodes, at);
+                }
+                self.flushed.insert(token, result);
+            }
+            Output::OpDone { token, result } => {
+                self.ops.insert(token, result);
+            }
+            Output::ReadHeaders { to, after, upto } => {
+                let to = self.at(to);
+                for msg in self.nodes[at].headers(after, upto) {
+                    self.send(at, to, Packet::Msg(Box::new(msg)));
+                }
+            }
+            Output::ServeUpdates { to, after, upto, headers_only: _ } => {
+                let to = self.at(to);
+                for update in self.nodes[at].updates(after, upto) {
+                    self.send(at, to, Packet::Update(Box::new(update)));
+                }
+            }
+            Output::StartBlockSync { from } => {
+                let (due, from) = (self.now.plus(50), self.at(from));
+                self.nodes[at].start_import(due, from);
+            }
+            Output::Report(event) => self.events.push((at, event)),
+            Output::GateChanged | Output::FailWaiting => {}
+        }
+    }
+
+    /// Sends what the streams of a host have to send.
+    fn pump(&mut self, at: At) {
+        let ready = self.nodes[at].ready();
+        for (to, packet) in ready {
+            self.send(at, to, packet);
+        }
+    }
+
+    /// For messages of failed tests.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let mut text = format!("at {} ms\n", self.now.0);
+        for (at, n) in self.nodes.iter().enumerate() {
+            let what = n.machine.as_ref().map(|m| (m.status(self.now).health, m.describe_role()));
+            text += &format!("{at} up={} head={:?} {what:?}\n", n.up, n.head());
+        }
+        for e in self.events.iter().rev().take(20).rev() {
+            text += &format!("{e:?}\n");
+        }
+        text
+    }
+}
