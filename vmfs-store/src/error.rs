@@ -120,6 +120,9 @@ pub enum StoreError {
     /// Data does not match its digest, or not its shape.
     #[error("data does not match its digest")]
     DigestMismatch,
+    /// Not something this release can do.
+    #[error("{0} is not supported by this release")]
+    Unsupported(&'static str),
     /// An import is under way already.
     #[error("image {0} is being imported already")]
     Importing(ImageId),

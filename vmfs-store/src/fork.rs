@@ -1,6 +1,22 @@
-//! Tails that were rolled back, kept under a name until dropped.
+//! Rolling back, and the tails kept under a name until dropped.
 
-use vmfs_common::Head;
+use std::sync::Arc;
+
+use parking_lot::MutexGuard;
+use vmfs_common::state::ImageState;
+use vmfs_common::{BLOCK_BYTES_U64, Head};
+
+use crate::append::{SyncGuard, apply_change, map_change};
+use crate::checkpoint::{ForkRow, SegmentRow};
+use crate::checkpointing::{Checkpoints, Commit, Slot};
+use crate::error::StoreError;
+use crate::image::{ImageStore, Space};
+use crate::log::{ChainSegment, Tail, walk};
+use crate::map::overlay::Overlay;
+use crate::map::tree::Base;
+use crate::map::{Entry, Segments};
+use crate::segment::Class;
+use crate::writer::RECORD_BLOCKS_MAX;
 
 /// A tail of updates that is no longer part of the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,4 +33,199 @@ pub struct ForkInfo {
     pub bytes: u64,
     /// Time of its last update, nanoseconds since the Unix epoch.
     pub time_ns: u64,
+}
+
+/// A fork and the segments that hold it.
+#[derive(Clone)]
+pub(crate) struct Fork {
+    pub(crate) info: ForkInfo,
+    pub(crate) chain: Arc<Vec<ChainSegment>>,
+}
+
+impl Fork {
+    pub(crate) fn row(&self) -> ForkRow {
+        let row = |c: &ChainSegment| SegmentRow {
+            no: c.seg.no,
+            class: c.seg.class,
+            generation: c.seg.generation,
+            ordinal: c.ordinal,
+            start_seq: c.start_seq,
+            in_chain: true,
+            prepared: false,
+            live: 0,
+        };
+        ForkRow { info: self.info.clone(), chain: self.chain.iter().map(row).collect() }
+    }
+}
+
+impl ImageStore {
+    /// Describes the log after `ancestor` as a fork.
+    pub(crate) fn make_fork(&self, tail: &Tail, ancestor: Head) -> Result<Fork, StoreError> {
+        let head = tail.head();
+        let first = tail.chain.partition_point(|c| c.start_seq < ancestor.seq.next()).saturating_sub(1);
+        let chain: Vec<ChainSegment> = tail.chain[first..].to_vec();
+        let mut payload_blocks = 0u64;
+        walk(&self.shared, &chain, ancestor.seq.next(), head.seq, |_, record, _| {
+            payload_blocks += record.crcs.len() as u64;
+            Ok(true)
+        })?;
+        let name = format!("{}.{}-{}-{}", head.epoch.number, head.epoch.host.short(), head.seq, head.digest.short());
+        let info = ForkInfo {
+            name,
+            ancestor,
+            head,
+            updates: head.seq.0 - ancestor.seq.0,
+            bytes: payload_blocks * BLOCK_BYTES_U64,
+            time_ns: tail.state.tip.time_ns,
+        };
+        Ok(Fork { info, chain: Arc::new(chain) })
+    }
+
+    /// Goes back to the content and state after `to`. Durable on return. The tail is kept as a fork
+    /// when asked for; `None` when there was no tail.
+    ///
+    /// # Errors
+    /// [`StoreError::NotInHistory`], [`StoreError::CannotRollBack`] (a block-level sync is needed),
+    /// or the disk's.
+    pub fn roll_back(&self, to: Head, keep_fork: bool) -> Result<Option<ForkInfo>, StoreError> {
+        self.check_latch()?;
+        let mut ck = self.checkpoints.lock();
+        if self.head() == to {
+            self.sync()?;
+            return Ok(None);
+        }
+        if to.seq > self.head().seq || self.head_at(to.seq)? != Some(to) {
+            return Err(StoreError::NotInHistory(to));
+        }
+        // What stays must be durable before the cut is, and a fork's tail is kept whole.
+        let (excluded, mut tail) = self.synced_and_alone()?;
+        let (state, base, overlay) = self.rebuild(&ck, &tail, to)?;
+        let fork = if keep_fork { Some(self.make_fork(&tail, to)?) } else { None };
+        // Space for the segment that cuts the log is taken before anything changes.
+        let spare = self.shared.pool.take(&self.shared, 1, Class::SMALLEST, Space::Control)?;
+        let mut free = self.free_pages(&ck)?;
+        let base = Arc::new(self.merge(&mut free, &base, &overlay)?);
+        ck.register(&base);
+        let mut chain = (*tail.chain).clone();
+        chain.retain(|c| c.start_seq < to.seq);
+        let chain = Arc::new(chain);
+        let mut forks = self.forks.lock().clone();
+        forks.extend(fork.clone());
+        let log_start = tail.log_start.min(to.seq.next());
+        let moment = self.moment(state, None, Arc::clone(&chain), log_start);
+        let segments = Arc::clone(&self.map.read().content.segments);
+        let above = |s: &Option<Slot>| s.as_ref().is_some_and(|s| s.state.head().seq > to.seq);
+        let victims: Vec<usize> = (0..2).filter(|i| above(&ck.slots[*i])).collect();
+        let commit = Commit { moment: &moment, base: &base, forks: &forks, victims, segments: &segments };
+        let done = self.commit(&mut ck, &mut free, &commit)?;
+        tail.log_start = log_start;
+        *self.forks.lock() = forks;
+        let state = Arc::clone(&moment.state);
+        drop(moment);
+        self.install(&mut ck, &mut tail, state, chain, base, segments);
+        // Cuts the log also for a recovery that has to start from the other superblock.
+        let cut = self.begin_segment(&mut tail, spare);
+        drop(tail);
+        self.or_latch(cut)?;
+        let synced = self.sync_now();
+        let head = self.or_latch(synced)?;
+        excluded.set_durable(head);
+        drop(excluded);
+        self.let_go(&mut ck, &done);
+        self.recycle(&mut ck)?;
+        Ok(fork.map(|f| f.info))
+    }
+
+    /// Syncs everything and keeps others from appending and syncing.
+    pub(crate) fn synced_and_alone(&self) -> Result<(SyncGuard<'_>, MutexGuard<'_, Tail>), StoreError> {
+        loop {
+            self.sync()?;
+            let excluded = self.exclude_syncs();
+            let tail = self.tail.lock();
+            if excluded.durable() == tail.head() {
+                return Ok((excluded, tail));
+            }
+        }
+    }
+
+    /// Makes a committed moment the present.
+    pub(crate) fn install(
+        &self,
+        ck: &mut Checkpoints,
+        tail: &mut Tail,
+        state: Arc<ImageState>,
+        chain: Arc<Vec<ChainSegment>>,
+        base: Arc<Base>,
+        segments: Segments,
+    ) {
+        tail.state = state;
+        tail.chain = chain;
+        for w in tail.closing.drain(..).chain(tail.current.take()) {
+            // What is not on disk is part of what was cut off.
+            w.seg.live.lock().take();
+        }
+        tail.end = None;
+        tail.lineage += 1;
+        tail.bytes_since_checkpoint = 0;
+        ck.frozen = None;
+        let mut map = self.map.write();
+        map.allocated = base.allocated;
+        map.content.overlay = Overlay::default();
+        map.content.frozen = None;
+        map.content.base = base;
+        map.content.segments = segments;
+    }
+
+    /// Content and state after `to`: the newest checkpoint at or below it, and a replay.
+    fn rebuild(
+        &self,
+        ck: &Checkpoints,
+        tail: &Tail,
+        to: Head,
+    ) -> Result<(Arc<ImageState>, Arc<Base>, Overlay), StoreError> {
+        let below = ck.slots.iter().flatten().filter(|s| s.state.head().seq <= to.seq);
+        let (mut state, base) = match below.max_by_key(|s| s.state.head().seq) {
+            Some(s) => (Arc::clone(&s.state), Arc::clone(&s.base)),
+            None => (Arc::new(ImageState::new(self.id)), Arc::new(Base::empty(self.id))),
+        };
+        let from = state.head().seq.next();
+        if from < tail.log_start && from <= to.seq {
+            return Err(StoreError::CannotRollBack { to: to.seq });
+        }
+        let mut overlay = Overlay::default();
+        let mut entries = [Entry::UNSET; RECORD_BLOCKS_MAX];
+        walk(&self.shared, &tail.chain, from, to.seq, |seg, record, update| {
+            let change = map_change(&update.header, seg.no, record.payload_page, &record.crcs, &mut entries);
+            if self.check_data().is_ok() {
+                apply_change(&mut overlay, &change, &entries);
+            }
+            Arc::make_mut(&mut state).apply(&update);
+            Ok(true)
+        })?;
+        if state.head() != to {
+            return Err(StoreError::NotInHistory(to));
+        }
+        Ok((state, base, overlay))
+    }
+
+    /// Gives up a fork. Durable on return.
+    ///
+    /// # Errors
+    /// [`StoreError::NoFork`], or the disk's.
+    pub fn drop_fork(&self, name: &str) -> Result<(), StoreError> {
+        self.check_latch()?;
+        let mut ck = self.checkpoints.lock();
+        let before = self.forks.lock().clone();
+        let after: Vec<Fork> = before.iter().filter(|f| f.info.name != name).cloned().collect();
+        if after.len() == before.len() {
+            return Err(StoreError::NoFork(name.to_owned()));
+        }
+        *self.forks.lock() = after;
+        let dropped = self.checkpoint_locked(&mut ck, true);
+        if dropped.is_err() {
+            *self.forks.lock() = before;
+        }
+        dropped
+    }
+
 }

@@ -1,17 +1,24 @@
 //! One image: its log, map and state.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use parking_lot::{Condvar, Mutex, RwLock};
 use vmfs_common::header::Update;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
-use vmfs_common::{BlockCount, BlockIndex, Head, ImageId, Seq};
+use vmfs_common::{BLOCK_BYTES, BlockCount, BlockIndex, Head, ImageId, Seq};
 
+use crate::checkpointing::Checkpoints;
 use crate::error::StoreError;
 use crate::fork::ForkInfo;
-use crate::import::Import;
-use crate::verify::VerifyReport;
-use crate::view::View;
+use crate::log::{Tail, walk};
+use crate::map::{Content, Entry};
+use crate::shared::Shared;
+use crate::view::{View, read_entries};
+
+/// Blocks looked up at a time by a read.
+const READ_BLOCKS: usize = 256;
 
 /// What a reservation is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +32,16 @@ pub enum Space {
 /// Space in the log for one update. Reservations of one image are used in the order they were made;
 /// dropping one gives its space back.
 #[derive(Debug)]
-pub struct Reservation {}
+pub struct Reservation {
+    pub(crate) counter: Arc<AtomicU32>,
+    pub(crate) pages: u32,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.counter.fetch_sub(self.pages, Ordering::AcqRel);
+    }
+}
 
 /// An update of the log with its payload: the non-zero blocks in order, concatenated. A witness has
 /// no payload.
@@ -37,195 +53,281 @@ pub struct LogEntry {
     pub payload: Vec<u8>,
 }
 
+/// The map and what is known of it without looking.
+pub(crate) struct MapState {
+    pub(crate) content: Content,
+    pub(crate) allocated: u64,
+}
+
+/// Group commit.
+pub(crate) struct SyncState {
+    pub(crate) durable: Head,
+    pub(crate) running: bool,
+}
+
 /// One image's copy in this store.
-pub struct ImageStore {}
+///
+/// Locks are taken in the order `checkpoints`, `tail`, `map`; `syncing` is held for moments only,
+/// and its `running` flag from before `tail` is taken.
+pub struct ImageStore {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) id: ImageId,
+    pub(crate) kind: MemberRole,
+    pub(crate) tail: Mutex<Tail>,
+    pub(crate) map: RwLock<MapState>,
+    pub(crate) syncing: Mutex<SyncState>,
+    pub(crate) sync_done: Condvar,
+    pub(crate) checkpoints: Mutex<Checkpoints>,
+    pub(crate) forks: Mutex<Vec<crate::fork::Fork>>,
+    pub(crate) latch: OnceLock<String>,
+    pub(crate) durable_seq: AtomicU64,
+    pub(crate) commit: AtomicU64,
+    pub(crate) retain: AtomicU64,
+    pub(crate) importing: AtomicBool,
+    /// Head seq at the last background round: an image at rest is checkpointed.
+    pub(crate) seen_seq: AtomicU64,
+}
+
+impl std::fmt::Debug for ImageStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ImageStore").field("id", &self.id).finish_non_exhaustive()
+    }
+}
 
 impl ImageStore {
+    pub(crate) fn assemble(
+        shared: Arc<Shared>,
+        id: ImageId,
+        kind: MemberRole,
+        tail: Tail,
+        content: Content,
+        checkpoints: Checkpoints,
+        commit: Seq,
+    ) -> Self {
+        let head = tail.head();
+        let allocated = content.base.allocated;
+        Self {
+            shared,
+            id,
+            kind,
+            tail: Mutex::new(tail),
+            map: RwLock::new(MapState { content, allocated }),
+            syncing: Mutex::new(SyncState { durable: head, running: false }),
+            sync_done: Condvar::new(),
+            checkpoints: Mutex::new(checkpoints),
+            forks: Mutex::default(),
+            latch: OnceLock::new(),
+            durable_seq: AtomicU64::new(head.seq.0),
+            commit: AtomicU64::new(commit.0),
+            retain: AtomicU64::new(0),
+            importing: AtomicBool::new(false),
+            seen_seq: AtomicU64::new(0),
+        }
+    }
     /// Which image.
     #[must_use]
-    pub fn id(&self) -> ImageId {
-        todo!()
+    pub const fn id(&self) -> ImageId {
+        self.id
     }
     /// Data, or headers only.
     #[must_use]
-    pub fn kind(&self) -> MemberRole {
-        todo!()
+    pub const fn kind(&self) -> MemberRole {
+        self.kind
     }
     /// The state at the head. An append copies it if somebody still holds the previous one.
     #[must_use]
     pub fn state(&self) -> Arc<ImageState> {
-        todo!()
+        Arc::clone(&self.tail.lock().state)
     }
     /// The last update appended.
     #[must_use]
     pub fn head(&self) -> Head {
-        todo!()
+        self.tail.lock().head()
     }
     /// The last update known to be on stable storage.
     #[must_use]
     pub fn durable_head(&self) -> Head {
-        todo!()
+        self.syncing.lock().durable
     }
-    /// Makes sure that an update with a header of `header_bytes` and `payload_blocks` non-zero
-    /// blocks can be appended.
-    ///
-    /// # Errors
-    /// [`StoreError::Full`], [`StoreError::Latched`], or the disk's; nothing has changed.
-    pub fn reserve(
-        &self,
-        header_bytes: usize,
-        payload_blocks: usize,
-        space: Space,
-    ) -> Result<Reservation, StoreError> {
-        todo!()
+    /// Why the image is stopped, when it is.
+    #[must_use]
+    pub fn latched(&self) -> Option<String> {
+        self.latch.get().cloned()
     }
-    /// Appends the update that extends the head. `payload` is its non-zero blocks in order, already
-    /// checked against the digests (empty for a witness). Visible to reads on return, not durable
-    /// before [`ImageStore::sync`].
-    ///
-    /// # Errors
-    /// [`StoreError::NotExtending`] without effect; any other error latches the image.
-    pub fn append(&self, r: Reservation, update: &Update, payload: &[u8]) -> Result<(), StoreError> {
-        todo!()
+    pub(crate) fn check_latch(&self) -> Result<(), StoreError> {
+        match self.latch.get() {
+            Some(cause) => Err(StoreError::Latched { image: self.id, cause: cause.clone() }),
+            None => Ok(()),
+        }
     }
-    /// On return everything appended before the call is on stable storage. Concurrent calls share
-    /// one device flush. Returns the durable head.
-    ///
-    /// # Errors
-    /// Any error latches the image.
-    pub fn sync(&self) -> Result<Head, StoreError> {
-        todo!()
+    /// Stops the image for good if `result` is an error.
+    pub(crate) fn or_latch<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(e) = &result {
+            tracing::error!(image = %self.id, error = %e, "image stopped");
+            let _ = self.latch.set(e.to_string());
+        }
+        result
+    }
+    pub(crate) fn check_data(&self) -> Result<(), StoreError> {
+        if self.kind == MemberRole::Witness { Err(StoreError::NoData(self.id)) } else { Ok(()) }
     }
     /// Reads whole blocks from `start`. Never-written blocks and blocks beyond the size are zeros.
     ///
     /// # Errors
     /// [`StoreError::BadBlock`] when a block's checksum is wrong, [`StoreError::NoData`] at a
     /// witness, or the disk's.
+    ///
+    /// # Panics
+    /// When `buf` is not whole blocks.
     pub fn read(&self, start: BlockIndex, buf: &mut [u8]) -> Result<(), StoreError> {
-        todo!()
+        assert!(buf.len().is_multiple_of(BLOCK_BYTES), "invariant: reads are whole blocks");
+        self.check_data()?;
+        let mut at = start.0;
+        let mut entries = [Entry::UNSET; READ_BLOCKS];
+        for piece in buf.chunks_mut(READ_BLOCKS * BLOCK_BYTES) {
+            let n = piece.len() / BLOCK_BYTES;
+            let (base, segments) = {
+                let map = self.map.read();
+                map.content.recent(at, &mut entries[..n]);
+                (Arc::clone(&map.content.base), Arc::clone(&map.content.segments))
+            };
+            base.fill(&self.shared, at, &mut entries[..n])?;
+            read_entries(&self.shared, &segments, at, &entries[..n], piece)?;
+            at += n as u64;
+        }
+        Ok(())
     }
     /// The content and state at the head, unchanging. O(1). Its segments stay until it is dropped.
     #[must_use]
     pub fn view(&self) -> View {
-        todo!()
+        let tail = self.tail.lock();
+        let content = self.map.read().content.clone();
+        View::new(Arc::clone(&self.shared), self.id, self.kind, Arc::clone(&tail.state), content)
     }
     /// The first update still in the log (head + 1 when the log is empty).
     #[must_use]
     pub fn log_start(&self) -> Seq {
-        todo!()
+        self.tail.lock().log_start
     }
     /// The update with this number, if the log still holds it.
     ///
     /// # Errors
     /// The disk's, or [`StoreError::Corrupt`].
     pub fn update_at(&self, seq: Seq) -> Result<Option<Update>, StoreError> {
-        todo!()
+        let (chain, start, head) = self.log_snapshot();
+        if seq < start || seq > head || seq == Seq::ZERO {
+            return Ok(None);
+        }
+        let mut found = None;
+        walk(&self.shared, &chain, seq, seq, |_, _, update| {
+            found = Some(update);
+            Ok(false)
+        })?;
+        Ok(found)
     }
     /// The head this copy had after update `seq`, as far as the log or the state remember.
     ///
     /// # Errors
     /// As [`ImageStore::update_at`].
     pub fn head_at(&self, seq: Seq) -> Result<Option<Head>, StoreError> {
-        todo!()
+        if seq == Seq::ZERO {
+            return Ok(Some(Head::default()));
+        }
+        if let Some(head) = self.state().known_head_at(seq) {
+            return Ok(Some(head));
+        }
+        Ok(self.update_at(seq)?.map(|u| u.head()))
+    }
+    fn log_snapshot(&self) -> (Arc<Vec<crate::log::ChainSegment>>, Seq, Seq) {
+        let tail = self.tail.lock();
+        (Arc::clone(&tail.chain), tail.log_start, tail.head().seq)
     }
     /// Updates from `from` on with their payloads, at least one (if there is one) and then while
     /// they fit into `bytes_max`. Empty at the head. Sees updates that are not yet synced.
     ///
     /// # Errors
-    /// [`StoreError::Trimmed`], [`StoreError::BadPayload`], or the disk's.
-    pub fn read_log(&self, from: Seq, bytes_max: usize) -> Result<Vec<LogEntry>, StoreError> {
-        todo!()
-    }
-    /// Goes back to the content and state after `to`. Durable on return. The tail is kept as a fork
-    /// when asked for; `None` when there was no tail.
-    ///
-    /// # Errors
-    /// [`StoreError::NotInHistory`], [`StoreError::CannotRollBack`] (a block-level sync is needed),
+    /// [`StoreError::Trimmed`], [`StoreError::BadPayload`] when the first one's payload is damaged,
     /// or the disk's.
-    pub fn roll_back(&self, to: Head, keep_fork: bool) -> Result<Option<ForkInfo>, StoreError> {
-        todo!()
+    pub fn read_log(&self, from: Seq, bytes_max: usize) -> Result<Vec<LogEntry>, StoreError> {
+        let (chain, log_start, head) = self.log_snapshot();
+        if from < log_start {
+            return Err(StoreError::Trimmed { log_start });
+        }
+        read_entries_of_log(&self.shared, &chain, from, head, bytes_max)
     }
     /// The kept forks, oldest first.
     #[must_use]
     pub fn forks(&self) -> Vec<ForkInfo> {
-        todo!()
-    }
-    /// Gives up a fork. Durable on return.
-    ///
-    /// # Errors
-    /// [`StoreError::NoFork`], or the disk's.
-    pub fn drop_fork(&self, name: &str) -> Result<(), StoreError> {
-        todo!()
+        self.forks.lock().iter().map(|f| f.info.clone()).collect()
     }
     /// As [`ImageStore::read_log`], from a fork (its updates begin after its ancestor).
     ///
     /// # Errors
     /// [`StoreError::NoFork`], or as [`ImageStore::read_log`].
     pub fn read_fork(&self, name: &str, from: Seq, bytes_max: usize) -> Result<Vec<LogEntry>, StoreError> {
-        todo!()
+        let fork = self.forks.lock().iter().find(|f| f.info.name == name).cloned();
+        let fork = fork.ok_or_else(|| StoreError::NoFork(name.to_owned()))?;
+        let from = from.max(fork.info.ancestor.seq.next());
+        read_entries_of_log(&self.shared, &fork.chain, from, fork.info.head.seq, bytes_max)
     }
     /// The log from `seq` on is wanted by a member: kept, up to the configured bytes. Until the
     /// first call everything within that bound is kept.
     pub fn retain_from(&self, seq: Seq) {
-        todo!()
+        self.retain.store(seq.0, Ordering::Release);
     }
-    /// The highest committed update: one checkpoint at or below it is kept.
+    /// The highest committed update: one checkpoint at or below it is kept. It never goes back;
+    /// the commit points in appended updates count too.
     pub fn set_commit(&self, seq: Seq) {
-        todo!()
+        self.commit.fetch_max(seq.0, Ordering::AcqRel);
     }
-    /// Blocks that hold data. Exact at checkpoints; in between it may be off by blocks whose old
-    /// map page was not in memory when they were overwritten.
+    /// Blocks that hold data.
     #[must_use]
     pub fn allocated_blocks(&self) -> BlockCount {
-        todo!()
+        BlockCount(self.map.read().allocated)
     }
     /// The first block at or after `from` that holds data.
     ///
     /// # Errors
     /// The disk's.
     pub fn next_data(&self, from: BlockIndex) -> Result<Option<BlockIndex>, StoreError> {
-        todo!()
+        let content = self.map.read().content.clone();
+        Ok(content.next_data(&self.shared, from.0)?.map(BlockIndex))
     }
     /// The first block at or after `from` that holds no data.
     ///
     /// # Errors
     /// The disk's.
     pub fn next_hole(&self, from: BlockIndex) -> Result<BlockIndex, StoreError> {
-        todo!()
+        let content = self.map.read().content.clone();
+        content.next_hole(&self.shared, from.0).map(BlockIndex)
     }
-    /// Makes recovery start from here: writes the map and the state. Appends go on meanwhile.
-    ///
-    /// # Errors
-    /// The disk's. The image stays usable unless its log could not be synced.
-    pub fn checkpoint(&self) -> Result<(), StoreError> {
-        todo!()
+}
+
+/// Reads updates `from..=head` of a chain with payload, at least one.
+pub(crate) fn read_entries_of_log(
+    shared: &Shared,
+    chain: &[crate::log::ChainSegment],
+    from: Seq,
+    head: Seq,
+    bytes_max: usize,
+) -> Result<Vec<LogEntry>, StoreError> {
+    let mut out: Vec<LogEntry> = Vec::new();
+    let mut bytes = 0;
+    if from > head {
+        return Ok(out);
     }
-    /// Starts building new content beside the present one, from nothing or from a copy of it.
-    ///
-    /// # Errors
-    /// [`StoreError::Importing`], [`StoreError::NoData`] at a witness.
-    pub fn begin_import(self: &Arc<Self>, from_copy: bool) -> Result<Import, StoreError> {
-        todo!()
-    }
-    /// Replaces a damaged block's bytes by the right ones, which must have the block's digest.
-    /// Durable on return.
-    ///
-    /// # Errors
-    /// [`StoreError::DigestMismatch`], or the disk's.
-    pub fn rewrite_block(&self, index: BlockIndex, data: &[u8]) -> Result<(), StoreError> {
-        todo!()
-    }
-    /// Checks the retained log and the content against their digests; `progress` gets (done, total)
-    /// in blocks.
-    ///
-    /// # Errors
-    /// The disk's; damage is reported, not an error.
-    pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport, StoreError> {
-        todo!()
-    }
-    /// Why the image is stopped, when it is.
-    #[must_use]
-    pub fn latched(&self) -> Option<String> {
-        todo!()
-    }
+    walk(shared, chain, from, head, |seg, record, update| {
+        let size = update.bytes.len() + record.crcs.len() * BLOCK_BYTES;
+        if !out.is_empty() && bytes + size > bytes_max {
+            return Ok(false);
+        }
+        match record.payload(shared, seg)? {
+            Some(payload) => out.push(LogEntry { update, payload }),
+            None if out.is_empty() => return Err(StoreError::BadPayload { seq: update.header.seq }),
+            None => return Ok(false),
+        }
+        bytes += size;
+        Ok(bytes < bytes_max)
+    })?;
+    Ok(out)
 }

@@ -5,16 +5,31 @@
 //! image: a log of updates in segments, and a block map that is a cache of the log. Bytes are
 //! specified in `docs/disk-format.md`.
 
+mod append;
+mod checkpoint;
+mod checkpointing;
 mod config;
 pub mod disk;
 mod error;
+mod files;
 mod fork;
+mod identity;
 mod image;
 mod import;
+mod log;
+mod map;
+mod meta;
+mod page;
+mod pool;
+mod records;
+mod recover;
+mod segment;
+mod shared;
 pub mod simdisk;
 mod store;
 mod verify;
 mod view;
+mod writer;
 
 pub use config::StoreConfig;
 pub use error::StoreError;

@@ -447,7 +447,8 @@ impl DiskFile for SimHandle {
         inner.enter("allocate")?;
         let pages = len_bytes.div_ceil(PAGE as u64);
         let file = inner.file(self.id)?;
-        let before = std::mem::replace(&mut file.reserved_pages, pages.max(file.reserved_pages));
+        let before = file.reserved_pages;
+        file.reserved_pages = before.max(pages);
         if inner.pages_taken() > inner.capacity_pages {
             inner.file(self.id)?.reserved_pages = before;
             return Err(io::ErrorKind::StorageFull.into());

@@ -1,18 +1,51 @@
 //! The store: one directory, its images, its metadata.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use parking_lot::{Mutex, RwLock};
 use vmfs_common::policy::MemberRole;
-use vmfs_common::{DatastoreId, HostId, ImageId, StoreId};
+use vmfs_common::state::ImageState;
+use vmfs_common::{DatastoreId, HostId, ImageId, Seq, StoreId};
 use zeroize::Zeroizing;
 
+use crate::append::mark_name;
+use crate::checkpointing::{Checkpoints, Commit};
 use crate::config::StoreConfig;
 use crate::disk::Disk;
-use crate::error::StoreError;
+use crate::error::{IoContext as _, StoreError};
+use crate::files::{Files, map_name};
+use crate::identity::{self, Identity};
 use crate::image::ImageStore;
+use crate::log::Tail;
+use crate::map::cache::PageCache;
+use crate::map::tree::{Base, FreePages};
+use crate::map::{Content, Segments};
+use crate::meta::Meta;
+use crate::pool::{Pool, Reserve};
+use crate::recover::{Candidate, Loaded, recover};
+use crate::segment::{Class, Kind, Segment, SegmentHeader, file_name};
+use crate::shared::{Generations, Indexes, Shared};
+
+/// Ends the name of a map file whose image does not exist yet.
+const NEW_SUFFIX: &str = ".new";
 
 /// One host's store. Cheap to share; every method may be called from any thread.
-pub struct Store {}
+pub struct Store {
+    shared: Arc<Shared>,
+    meta: Meta,
+    images: RwLock<BTreeMap<ImageId, Arc<ImageStore>>>,
+    damaged: Mutex<Vec<(ImageId, String)>>,
+    /// Segments of removed images, once nobody reads them.
+    limbo: Mutex<Vec<Arc<Segment>>>,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("id", &self.id()).finish_non_exhaustive()
+    }
+}
 
 impl Store {
     /// True when `disk` holds a store.
@@ -20,7 +53,7 @@ impl Store {
     /// # Errors
     /// When the disk cannot be read.
     pub fn exists(disk: &dyn Disk) -> Result<bool, StoreError> {
-        todo!()
+        identity::exists(disk)
     }
     /// Makes an empty store. Durable on return.
     ///
@@ -33,7 +66,8 @@ impl Store {
         id: StoreId,
         cfg: StoreConfig,
     ) -> Result<Arc<Self>, StoreError> {
-        todo!()
+        identity::create(&*disk, &Identity { store: id, host, datastore })?;
+        Self::open(disk, datastore, host, cfg)
     }
     /// Opens a store and recovers its images: on return every reported head is durable.
     ///
@@ -46,71 +80,163 @@ impl Store {
         host: HostId,
         cfg: StoreConfig,
     ) -> Result<Arc<Self>, StoreError> {
-        todo!()
+        let identity = identity::read(&*disk)?;
+        if identity.host != host {
+            return Err(StoreError::WrongHost { expected: host, found: identity.host });
+        }
+        if identity.datastore != datastore {
+            return Err(StoreError::WrongDatastore { expected: datastore, found: identity.datastore });
+        }
+        let first_generation = identity::take_generations(&*disk)?;
+        let shared = Arc::new(Shared {
+            files: Files::new(Arc::clone(&disk), cfg.open_files_max),
+            pages: PageCache::new(cfg.map_cache_bytes),
+            disk,
+            store: identity.store,
+            pool: Pool::default(),
+            reserve: Reserve::default(),
+            indexes: Indexes::default(),
+            generations: Generations::starting(first_generation),
+            dirty_map_bytes: AtomicU64::new(0),
+            cfg,
+        });
+        let meta = Meta::open(&shared)?;
+        let opened = Opening::scan(&shared)?.recover(&shared)?;
+        shared.reserve.refill(&shared)?;
+        Ok(Arc::new(Self {
+            shared,
+            meta,
+            images: RwLock::new(opened.images),
+            damaged: Mutex::new(opened.damaged),
+            limbo: Mutex::default(),
+        }))
     }
     /// The store's identity.
     #[must_use]
     pub fn id(&self) -> StoreId {
-        todo!()
+        self.shared.store
     }
     /// Every usable image, ordered.
     #[must_use]
     pub fn image_ids(&self) -> Vec<ImageId> {
-        todo!()
+        self.images.read().keys().copied().collect()
     }
     /// Images whose structures are too damaged to open, and why. Their files are left alone.
     #[must_use]
     pub fn damaged(&self) -> Vec<(ImageId, String)> {
-        todo!()
+        self.damaged.lock().clone()
     }
     /// Bytes that data may still take: free space of the disk without the reserve.
     #[must_use]
     pub fn free_bytes(&self) -> u64 {
-        todo!()
+        let free = self.shared.disk.free_bytes().unwrap_or(0);
+        free.saturating_sub(self.shared.cfg.reserve_bytes / 4)
     }
     /// Makes an empty image. Durable on return.
     ///
     /// # Errors
     /// [`StoreError::ImageExists`], [`StoreError::Full`], or the disk's.
     pub fn create_image(&self, id: ImageId, kind: MemberRole) -> Result<Arc<ImageStore>, StoreError> {
-        todo!()
+        let mut images = self.images.write();
+        if images.contains_key(&id) || self.damaged.lock().iter().any(|(d, _)| *d == id) {
+            return Err(StoreError::ImageExists(id));
+        }
+        let (name, new) = (map_name(id), map_name(id) + NEW_SUFFIX);
+        let what = || format!("creating {name}");
+        let disk = &self.shared.disk;
+        let file = disk.open(&new, true).during(what)?;
+        file.set_len(0).during(what)?;
+        self.shared.files.adopt_map(id, Arc::clone(&file));
+        let image = Arc::new(self.empty_image(id, kind));
+        let made = image
+            .first_checkpoint()
+            .and_then(|()| disk.rename(&new, &name).during(what))
+            .and_then(|()| disk.sync_names("map").during(what));
+        if let Err(e) = made {
+            self.shared.files.forget_map(id);
+            disk.remove(&new).during(what)?;
+            disk.remove(&name).during(what)?;
+            return Err(e);
+        }
+        images.insert(id, Arc::clone(&image));
+        Ok(image)
+    }
+    fn empty_image(&self, id: ImageId, kind: MemberRole) -> ImageStore {
+        let tail = Tail::new(ImageState::new(id));
+        let content = Content::empty(Arc::new(Base::empty(id)));
+        let shared = Arc::clone(&self.shared);
+        ImageStore::assemble(shared, id, kind, tail, content, Checkpoints::default(), Seq::ZERO)
     }
     /// The image, when it is here.
     #[must_use]
     pub fn image(&self, id: ImageId) -> Option<Arc<ImageStore>> {
-        todo!()
+        self.images.read().get(&id).map(Arc::clone)
     }
-    /// Removes an image and its forks. Durable on return. Its space returns once nobody reads it.
+    /// Removes an image and its forks, also a damaged one. Durable on return. Its space returns once
+    /// nobody reads it. Metadata under its id stays.
     ///
     /// # Errors
     /// [`StoreError::NoImage`], or the disk's.
     pub fn remove_image(&self, id: ImageId) -> Result<(), StoreError> {
-        todo!()
+        let mut images = self.images.write();
+        let image = images.remove(&id);
+        let was_damaged = {
+            let mut damaged = self.damaged.lock();
+            let before = damaged.len();
+            damaged.retain(|(d, _)| *d != id);
+            damaged.len() < before
+        };
+        if image.is_none() && !was_damaged {
+            return Err(StoreError::NoImage(id));
+        }
+        let what = || format!("removing {}", map_name(id));
+        let segments = image.map_or_else(Segments::default, |i| i.retire());
+        self.shared.files.forget_map(id);
+        self.shared.disk.remove(&mark_name(id)).during(what)?;
+        self.shared.disk.remove(&map_name(id)).during(what)?;
+        self.shared.disk.sync_names("map").during(what)?;
+        self.shared.pages.purge(id);
+        self.limbo.lock().extend(segments.values().map(Arc::clone));
+        drop(segments);
+        self.recycle()
     }
-    /// Stores a small value under `key`, replacing the one before. Atomic, and durable on return;
-    /// concurrent calls share one device flush. The value may be secret.
+    fn recycle(&self) -> Result<(), StoreError> {
+        let mut limbo = self.limbo.lock();
+        let mut waiting = Vec::new();
+        for seg in std::mem::take(&mut *limbo) {
+            if Arc::strong_count(&seg) > 1 {
+                waiting.push(seg);
+            } else {
+                self.shared.pool.give_back(&self.shared, &seg)?;
+            }
+        }
+        *limbo = waiting;
+        Ok(())
+    }
+    /// Stores a small value (at most 1 MiB) under `key`, replacing the one before. Atomic, and
+    /// durable on return; concurrent calls share one device flush. The value may be secret.
     ///
     /// # Errors
     /// The disk's; then the store takes no more metadata until it is reopened.
     pub fn put_meta(&self, key: ImageId, bytes: &[u8]) -> Result<(), StoreError> {
-        todo!()
+        self.meta.change(&self.shared, key, Some(bytes))
     }
     /// The value under `key`.
     #[must_use]
     pub fn get_meta(&self, key: ImageId) -> Option<Zeroizing<Vec<u8>>> {
-        todo!()
+        self.meta.get(key)
     }
     /// Every key that has a value, ordered.
     #[must_use]
     pub fn meta_keys(&self) -> Vec<ImageId> {
-        todo!()
+        self.meta.keys()
     }
     /// Forgets the value under `key`. Durable on return.
     ///
     /// # Errors
     /// As [`Store::put_meta`].
     pub fn remove_meta(&self, key: ImageId) -> Result<(), StoreError> {
-        todo!()
+        self.meta.change(&self.shared, key, None)
     }
     /// Does background work worth about `budget_bytes` of I/O: checkpoints that are due, recycling,
     /// prewriting segments. To be called from one thread, about ten times a second while writes go
@@ -119,6 +245,166 @@ impl Store {
     /// # Errors
     /// The disk's. What was not done stays due.
     pub fn background(&self, budget_bytes: u64) -> Result<bool, StoreError> {
-        todo!()
+        let images: Vec<_> = self.images.read().values().map(Arc::clone).collect();
+        let mut first_error = None;
+        for image in images {
+            let dirty = self.shared.dirty_map_bytes.load(Ordering::Relaxed);
+            if let Err(e) = image.background(dirty > self.shared.cfg.map_cache_bytes / 2) {
+                tracing::warn!(image = %image.id(), error = %e, "background work failed");
+                first_error.get_or_insert(e);
+            }
+        }
+        self.recycle()?;
+        self.meta.compact(&self.shared)?;
+        self.shared.reserve.refill(&self.shared)?;
+        let more = self.shared.pool.background(&self.shared, budget_bytes)?;
+        first_error.map_or(Ok(more), Err)
+    }
+}
+
+impl ImageStore {
+    fn first_checkpoint(&self) -> Result<(), StoreError> {
+        let mut ck = self.checkpoints.lock();
+        let base = Arc::clone(&self.map.read().content.base);
+        ck.register(&base);
+        let state = Arc::clone(&self.tail.lock().state);
+        let moment = self.moment(state, None, Arc::default(), Seq(1));
+        let segments = Segments::default();
+        let commit =
+            Commit { moment: &moment, base: &base, forks: &[], victims: vec![0], segments: &segments };
+        self.commit(&mut ck, &mut FreePages::new(), &commit).map(|_| ())
+    }
+    /// Stops the image for good and gives up its segments.
+    fn retire(&self) -> Segments {
+        let _ = self.latch.set("it was removed".into());
+        let mut ck = self.checkpoints.lock();
+        let excluded = self.exclude_syncs();
+        let mut tail = self.tail.lock();
+        self.forks.lock().clear();
+        tail.chain = Arc::default();
+        tail.closing.clear();
+        tail.current = None;
+        *ck = Checkpoints { limbo: std::mem::take(&mut ck.limbo), ..Checkpoints::default() };
+        let mut map = self.map.write();
+        map.content.frozen = None;
+        let mut segments = std::mem::take(&mut map.content.segments);
+        Arc::make_mut(&mut segments).extend(ck.limbo.drain(..).map(|s| (s.no, s)));
+        drop((map, tail, excluded, ck));
+        segments
+    }
+}
+
+/// What is found in the directory when a store is opened.
+struct Opening {
+    loaded: Vec<Loaded>,
+    damaged: Vec<(ImageId, String)>,
+    candidates: BTreeMap<ImageId, Vec<Candidate>>,
+    images: BTreeMap<ImageId, Arc<ImageStore>>,
+}
+
+impl Opening {
+    fn scan(shared: &Shared) -> Result<Self, StoreError> {
+        let mut this =
+            Self { loaded: Vec::new(), damaged: Vec::new(), candidates: BTreeMap::new(), images: BTreeMap::new() };
+        for name in shared.disk.list("map").during(|| "listing maps".into())? {
+            if name.ends_with(NEW_SUFFIX) {
+                // A creation that was interrupted.
+                shared.disk.remove(&format!("map/{name}")).during(|| format!("removing {name}"))?;
+            }
+            let Ok(image) = name.parse::<ImageId>() else { continue };
+            match Loaded::read(shared, image) {
+                Ok(loaded) => this.loaded.push(loaded),
+                Err(e) => this.damage(image, e)?,
+            }
+        }
+        this.scan_segments(shared)?;
+        Ok(this)
+    }
+    /// Keeps an image aside when it is damaged; other errors stop the opening.
+    fn damage(&mut self, image: ImageId, e: StoreError) -> Result<(), StoreError> {
+        match e {
+            StoreError::Corrupt { .. } | StoreError::Version { .. } | StoreError::BadPayload { .. } => {
+                tracing::error!(%image, error = %e, "image cannot be opened");
+                self.damaged.push((image, e.to_string()));
+                Ok(())
+            }
+            other => Err(other),
+        }
+    }
+    fn scan_segments(&mut self, shared: &Shared) -> Result<(), StoreError> {
+        let in_use: std::collections::BTreeSet<u32> = self.loaded.iter().flat_map(Loaded::in_use).collect();
+        let known: std::collections::BTreeSet<ImageId> = self.loaded.iter().map(|l| l.image).collect();
+        let mut next_no = in_use.last().map_or(0, |n| n + 1);
+        let mut unused = Vec::new();
+        for name in shared.disk.list("seg").during(|| "listing segments".into())? {
+            let Ok(no) = name.parse::<u32>() else { continue };
+            if name.len() != 10 {
+                continue;
+            }
+            next_no = next_no.max(no + 1);
+            if in_use.contains(&no) {
+                continue;
+            }
+            let file = shared.disk.open(&file_name(no), false).during(|| format!("opening {name}"))?;
+            let header = SegmentHeader::read(no, &*file)?.filter(|h| h.store == shared.store);
+            match header {
+                Some(header) if known.contains(&header.image) => {
+                    self.candidates.entry(header.image).or_default().push(Candidate { no, header });
+                }
+                Some(h) if self.damaged.iter().any(|(d, _)| *d == h.image) => {}
+                Some(h) => unused.push((no, h.class, h.kind == Kind::Pool)),
+                None => {
+                    let len = file.len_bytes().during(|| format!("opening {name}"))?;
+                    let exact = Class::ALL.into_iter().find(|c| c.bytes() == len);
+                    unused.push((no, exact.unwrap_or(Class::SMALLEST), false));
+                }
+            }
+        }
+        shared.pool.load(next_no, unused);
+        Ok(())
+    }
+    fn recover(mut self, shared: &Arc<Shared>) -> Result<Self, StoreError> {
+        let jobs: Vec<_> = std::mem::take(&mut self.loaded)
+            .into_iter()
+            .map(|l| {
+                let candidates = self.candidates.remove(&l.image).unwrap_or_default();
+                Mutex::new(Some((l, candidates)))
+            })
+            .collect();
+        let next = AtomicUsize::new(0);
+        let results = Mutex::new(Vec::new());
+        let work = || {
+            while let Some(job) = jobs.get(next.fetch_add(1, Ordering::AcqRel)) {
+                if let Some((loaded, candidates)) = job.lock().take() {
+                    let image = loaded.image;
+                    let result = recover(shared, loaded, candidates);
+                    results.lock().push((image, result));
+                }
+            }
+        };
+        let threads = shared.cfg.recovery_threads.min(jobs.len());
+        if threads <= 1 {
+            work();
+        } else {
+            std::thread::scope(|s| {
+                for _ in 0..threads {
+                    s.spawn(work);
+                }
+            });
+        }
+        let mut results = results.into_inner();
+        results.sort_by_key(|(image, _)| *image);
+        for (id, result) in results {
+            match result {
+                Ok(r) => {
+                    for (no, class) in r.unused {
+                        shared.pool.give_back_no(shared, no, class, false)?;
+                    }
+                    self.images.insert(id, r.image);
+                }
+                Err(e) => self.damage(id, e)?,
+            }
+        }
+        Ok(self)
     }
 }

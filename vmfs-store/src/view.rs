@@ -1,11 +1,17 @@
-//! An unchanging content and state of an image.
+//! An unchanging content and state of an image, and the Merkle tree over its block digests.
 
 use std::sync::Arc;
 
+use vmfs_common::hash::hash;
+use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
-use vmfs_common::{BlockCount, BlockIndex, Digest, Head};
+use vmfs_common::{BLOCK_BYTES, BlockCount, BlockIndex, Digest, Head, ImageId};
 
-use crate::error::StoreError;
+use crate::error::{IoContext as _, StoreError};
+use crate::map::{BLOCKS_MAX, Content, Entry, Segments};
+use crate::records::{Record, record_of_payload};
+use crate::segment::{PAGE_U64, file_name};
+use crate::shared::Shared;
 
 /// Children of one node of the Merkle tree over block digests.
 pub const MERKLE_FANOUT: u64 = 512;
@@ -18,46 +24,76 @@ pub const MERKLE_ROOT_LEVEL: u32 = 5;
 /// covers 512 nodes of level n and is zero when they all are, else
 /// `H("merkle", level ‖ children)`; the root is node 0 of [`MERKLE_ROOT_LEVEL`].
 #[derive(Clone)]
-pub struct View {}
+pub struct View {
+    shared: Arc<Shared>,
+    image: ImageId,
+    kind: MemberRole,
+    state: Arc<ImageState>,
+    content: Content,
+}
+
+impl std::fmt::Debug for View {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("View").field("image", &self.image).field("head", &self.head()).finish_non_exhaustive()
+    }
+}
 
 impl View {
+    pub(crate) const fn new(
+        shared: Arc<Shared>,
+        image: ImageId,
+        kind: MemberRole,
+        state: Arc<ImageState>,
+        content: Content,
+    ) -> Self {
+        Self { shared, image, kind, state, content }
+    }
     /// The state.
     #[must_use]
-    pub fn state(&self) -> &Arc<ImageState> {
-        todo!()
+    pub const fn state(&self) -> &Arc<ImageState> {
+        &self.state
     }
     /// The last update it contains.
     #[must_use]
     pub fn head(&self) -> Head {
-        todo!()
+        self.state.head()
     }
     /// As [`crate::ImageStore::read`].
     ///
     /// # Errors
     /// The same.
+    ///
+    /// # Panics
+    /// When `buf` is not whole blocks.
     pub fn read(&self, start: BlockIndex, buf: &mut [u8]) -> Result<(), StoreError> {
-        todo!()
+        assert!(buf.len().is_multiple_of(BLOCK_BYTES), "invariant: reads are whole blocks");
+        if self.kind == MemberRole::Witness {
+            return Err(StoreError::NoData(self.image));
+        }
+        let mut entries = vec![Entry::UNSET; buf.len() / BLOCK_BYTES];
+        self.content.entries(&self.shared, start.0, &mut entries)?;
+        read_entries(&self.shared, &self.content.segments, start.0, &entries, buf)
     }
     /// Blocks that hold data; exact.
     ///
     /// # Errors
     /// The disk's.
     pub fn allocated_blocks(&self) -> Result<BlockCount, StoreError> {
-        todo!()
+        self.content.count_data(&self.shared, 0..BLOCKS_MAX).map(BlockCount)
     }
     /// The first block at or after `from` that holds data.
     ///
     /// # Errors
     /// The disk's.
     pub fn next_data(&self, from: BlockIndex) -> Result<Option<BlockIndex>, StoreError> {
-        todo!()
+        Ok(self.content.next_data(&self.shared, from.0)?.map(BlockIndex))
     }
     /// The first block at or after `from` that holds no data.
     ///
     /// # Errors
     /// The disk's.
     pub fn next_hole(&self, from: BlockIndex) -> Result<BlockIndex, StoreError> {
-        todo!()
+        self.content.next_hole(&self.shared, from.0).map(BlockIndex)
     }
     /// Digests of `count` blocks from `start`, from the log, without reading data; zero for blocks
     /// without data.
@@ -65,20 +101,159 @@ impl View {
     /// # Errors
     /// The disk's, or [`StoreError::Corrupt`].
     pub fn digests(&self, start: BlockIndex, count: usize) -> Result<Vec<Digest>, StoreError> {
-        todo!()
+        digests(&self.shared, &self.content, start.0, count)
     }
     /// One node of the Merkle tree.
     ///
     /// # Errors
     /// As [`View::digests`].
+    ///
+    /// # Panics
+    /// When there is no such level.
     pub fn merkle(&self, level: u32, index: u64) -> Result<Digest, StoreError> {
-        todo!()
+        merkle(&self.shared, &self.content, level, index)
     }
     /// The [`MERKLE_FANOUT`] children of a node of level 1 or more.
     ///
     /// # Errors
     /// As [`View::digests`].
+    ///
+    /// # Panics
+    /// When there is no such level.
     pub fn merkle_children(&self, level: u32, index: u64) -> Result<Vec<Digest>, StoreError> {
-        todo!()
+        merkle_children(&self.shared, &self.content, level, index)
     }
+}
+
+/// Reads the blocks that `entries` (of the blocks from `start`) name, and checks them.
+pub(crate) fn read_entries(
+    shared: &Shared,
+    segments: &Segments,
+    start: u64,
+    entries: &[Entry],
+    buf: &mut [u8],
+) -> Result<(), StoreError> {
+    let mut at = 0;
+    while at < entries.len() {
+        let first = entries[at];
+        if !first.is_data() {
+            buf[at * BLOCK_BYTES..(at + 1) * BLOCK_BYTES].fill(0);
+            at += 1;
+            continue;
+        }
+        let follows = |(i, e): &(usize, &Entry)| {
+            e.is_data()
+                && e.segment_no() == first.segment_no()
+                && u64::from(e.page()) == u64::from(first.page()) + *i as u64
+        };
+        let n = entries[at..].iter().enumerate().take_while(follows).count();
+        let piece = &mut buf[at * BLOCK_BYTES..(at + n) * BLOCK_BYTES];
+        let bad = |i: usize| StoreError::BadBlock { index: BlockIndex(start + (at + i) as u64) };
+        let seg = segments.get(&first.segment_no()).ok_or_else(|| bad(0))?;
+        let file = seg.file(&shared.files)?;
+        file.read_at(piece, u64::from(first.page()) * PAGE_U64)
+            .during(|| format!("reading {}", file_name(seg.no)))?;
+        for (i, (block, entry)) in piece.chunks_exact(BLOCK_BYTES).zip(&entries[at..]).enumerate() {
+            if !entry.matches(crc32c::crc32c(block)) {
+                return Err(bad(i));
+            }
+        }
+        at += n;
+    }
+    Ok(())
+}
+
+/// Digests of data blocks, remembering the last record: neighbours are often in the same one.
+pub(crate) struct DigestReader<'a> {
+    shared: &'a Shared,
+    last: Option<(u32, Record)>,
+}
+
+impl<'a> DigestReader<'a> {
+    pub(crate) const fn new(shared: &'a Shared) -> Self {
+        Self { shared, last: None }
+    }
+    /// The digest of the block that `entry` names; `None` when its record is damaged.
+    pub(crate) fn digest(&mut self, segments: &Segments, entry: Entry) -> Result<Option<Digest>, StoreError> {
+        let (no, page) = (entry.segment_no(), entry.page());
+        if let Some((last_no, r)) = &self.last
+            && *last_no == no
+            && page >= r.payload_page
+            && ((page - r.payload_page) as usize) < r.crcs.len()
+        {
+            return Ok(r.digest_of((page - r.payload_page) as usize));
+        }
+        let Some(seg) = segments.get(&no) else { return Ok(None) };
+        let Some((record, at)) = record_of_payload(self.shared, seg, page)? else { return Ok(None) };
+        let digest = record.digest_of(at);
+        self.last = Some((no, record));
+        Ok(digest)
+    }
+}
+
+pub(crate) fn digests(
+    shared: &Shared,
+    content: &Content,
+    start: u64,
+    count: usize,
+) -> Result<Vec<Digest>, StoreError> {
+    let mut entries = vec![Entry::UNSET; count];
+    content.entries(shared, start, &mut entries)?;
+    let mut reader = DigestReader::new(shared);
+    let mut out = vec![Digest::default(); count];
+    for ((d, entry), index) in out.iter_mut().zip(entries).zip(start..) {
+        if entry.is_data() {
+            let found = reader.digest(&content.segments, entry)?;
+            *d = found.ok_or_else(|| StoreError::corrupt(format!("the digest of block {index}")))?;
+        }
+    }
+    Ok(out)
+}
+
+fn blocks_of(level: u32) -> u64 {
+    assert!(level <= MERKLE_ROOT_LEVEL, "invariant: there is no Merkle level {level}");
+    MERKLE_FANOUT.pow(level)
+}
+
+pub(crate) fn merkle(
+    shared: &Shared,
+    content: &Content,
+    level: u32,
+    index: u64,
+) -> Result<Digest, StoreError> {
+    let span = blocks_of(level);
+    let Some(start) = index.checked_mul(span).filter(|s| *s < BLOCKS_MAX) else {
+        return Ok(Digest::default());
+    };
+    if level == 0 {
+        return Ok(digests(shared, content, start, 1)?[0]);
+    }
+    if content.next_data_before(shared, start, start.saturating_add(span))?.is_none() {
+        return Ok(Digest::default());
+    }
+    let children = merkle_children(shared, content, level, index)?;
+    if children.iter().all(Digest::is_zero) {
+        return Ok(Digest::default());
+    }
+    let bytes: Vec<u8> = children.iter().flat_map(|d| *d.as_bytes()).collect();
+    Ok(hash("merkle", &[&level.to_le_bytes(), &bytes]))
+}
+
+pub(crate) fn merkle_children(
+    shared: &Shared,
+    content: &Content,
+    level: u32,
+    index: u64,
+) -> Result<Vec<Digest>, StoreError> {
+    assert!(level > 0, "invariant: blocks have no children");
+    let fanout = usize::try_from(MERKLE_FANOUT).unwrap_or(usize::MAX);
+    let first = index.saturating_mul(MERKLE_FANOUT);
+    if level == 1 {
+        return if first < BLOCKS_MAX {
+            digests(shared, content, first, fanout)
+        } else {
+            Ok(vec![Digest::default(); fanout])
+        };
+    }
+    (first..first.saturating_add(MERKLE_FANOUT)).map(|i| merkle(shared, content, level - 1, i)).collect()
 }

@@ -1,0 +1,355 @@
+//! Making checkpoints, and deciding which segments are still needed.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+
+use vmfs_common::Seq;
+use vmfs_common::state::ImageState;
+
+use crate::append::last_seq;
+use crate::checkpoint::{Body, SegmentRow, write_body, write_super};
+use crate::error::{IoContext as _, StoreError};
+use crate::fork::Fork;
+use crate::image::ImageStore;
+use crate::log::ChainSegment;
+use crate::map::Segments;
+use crate::map::overlay::Overlay;
+use crate::map::tree::{Base, FreePages, Merge};
+use crate::segment::Segment;
+use crate::writer::LogPos;
+
+/// A checkpoint that a superblock names.
+#[derive(Clone)]
+pub(crate) struct Slot {
+    pub(crate) number: u64,
+    pub(crate) state: Arc<ImageState>,
+    pub(crate) base: Arc<Base>,
+    /// Pages of its body in the map file.
+    pub(crate) pages: Vec<u32>,
+}
+
+impl Slot {
+    fn seq(&self) -> Seq {
+        self.state.head().seq
+    }
+}
+
+/// The moment a checkpoint is being made of.
+#[derive(Clone)]
+pub(crate) struct Moment {
+    pub(crate) state: Arc<ImageState>,
+    pub(crate) pos: Option<LogPos>,
+    pub(crate) chain: Arc<Vec<ChainSegment>>,
+    pub(crate) gen_mark: u64,
+    pub(crate) log_start: Seq,
+}
+
+/// An image's checkpoints. Its lock is held while one is made.
+#[derive(Default)]
+pub(crate) struct Checkpoints {
+    pub(crate) slots: [Option<Slot>; 2],
+    /// Set while the map has a frozen overlay.
+    pub(crate) frozen: Option<Moment>,
+    /// Every map whose pages somebody may still read.
+    pub(crate) roots: Vec<Weak<Base>>,
+    /// Segments given up, once nobody reads them.
+    pub(crate) limbo: Vec<Arc<Segment>>,
+}
+
+impl Checkpoints {
+    /// The superblock to overwrite: never the newest at or below the commit point.
+    fn victim(&self, commit: Seq) -> usize {
+        match (&self.slots[0], &self.slots[1]) {
+            (None, _) => 0,
+            (_, None) => 1,
+            (Some(a), Some(b)) => {
+                let newest = usize::from(b.number > a.number);
+                let seq = self.slots[newest].as_ref().map_or(Seq::ZERO, Slot::seq);
+                if seq <= commit { 1 - newest } else { newest }
+            }
+        }
+    }
+    pub(crate) fn number(&self) -> u64 {
+        self.slots.iter().flatten().map(|s| s.number).max().unwrap_or(0)
+    }
+    pub(crate) fn register(&mut self, base: &Arc<Base>) {
+        self.roots.retain(|w| w.strong_count() > 0);
+        self.roots.push(Arc::downgrade(base));
+    }
+}
+
+/// Everything a commit writes.
+pub(crate) struct Commit<'a> {
+    pub(crate) moment: &'a Moment,
+    pub(crate) base: &'a Arc<Base>,
+    pub(crate) forks: &'a [Fork],
+    /// Superblocks to overwrite, in this order; empty: choose one.
+    pub(crate) victims: Vec<usize>,
+    pub(crate) segments: &'a Segments,
+}
+
+/// What a commit decided.
+pub(crate) struct Committed {
+    pub(crate) log_start: Seq,
+    pub(crate) dropped: Vec<u32>,
+}
+
+impl ImageStore {
+    /// Makes recovery start from here: writes the map and the state. Appends go on meanwhile.
+    ///
+    /// # Errors
+    /// The disk's. The image stays usable unless its log or a superblock could not be synced.
+    pub fn checkpoint(&self) -> Result<(), StoreError> {
+        self.check_latch()?;
+        let mut ck = self.checkpoints.lock();
+        self.checkpoint_locked(&mut ck, false)
+    }
+
+    /// As [`ImageStore::checkpoint`]; with `force` also when no update is new.
+    pub(crate) fn checkpoint_locked(&self, ck: &mut Checkpoints, force: bool) -> Result<(), StoreError> {
+        if !self.freeze(ck, force) {
+            return Ok(());
+        }
+        let moment = ck.frozen.clone().expect("invariant: freeze has set it");
+        self.sync()?;
+        let (base, frozen) = {
+            let map = self.map.read();
+            (Arc::clone(&map.content.base), map.content.frozen.clone().unwrap_or_default())
+        };
+        let mut free = self.free_pages(ck)?;
+        let merged = Arc::new(self.merge(&mut free, &base, &frozen)?);
+        ck.register(&merged);
+        let forks = self.forks.lock().clone();
+        let segments = Arc::clone(&self.map.read().content.segments);
+        let commit =
+            Commit { moment: &moment, base: &merged, forks: &forks, victims: Vec::new(), segments: &segments };
+        let done = self.commit(ck, &mut free, &commit)?;
+        drop(segments);
+        drop(moment);
+        ck.frozen = None;
+        {
+            let mut map = self.map.write();
+            map.content.base = merged;
+            map.content.frozen = None;
+            let freed = u64::try_from(frozen.bytes()).unwrap_or(0);
+            let dirty = &self.shared.dirty_map_bytes;
+            let _ = dirty.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |d| Some(d.saturating_sub(freed)));
+        }
+        self.let_go(ck, &done);
+        self.recycle(ck)
+    }
+
+    /// Fixes the moment to checkpoint; false when there is nothing to do.
+    fn freeze(&self, ck: &mut Checkpoints, force: bool) -> bool {
+        if ck.frozen.is_some() {
+            return true;
+        }
+        let mut tail = self.tail.lock();
+        let newest = ck.slots.iter().flatten().max_by_key(|s| s.number);
+        if !force && newest.is_some_and(|s| s.state.head() == tail.head()) {
+            return false;
+        }
+        let mut map = self.map.write();
+        let overlay = std::mem::take(&mut map.content.overlay);
+        map.content.frozen = Some(overlay);
+        tail.bytes_since_checkpoint = 0;
+        ck.frozen = Some(Moment {
+            state: Arc::clone(&tail.state),
+            pos: tail.position(),
+            chain: Arc::clone(&tail.chain),
+            gen_mark: self.shared.generations.peek(),
+            log_start: tail.log_start,
+        });
+        true
+    }
+
+    /// A moment for a commit that is not made of the head.
+    pub(crate) fn moment(
+        &self,
+        state: Arc<ImageState>,
+        pos: Option<LogPos>,
+        chain: Arc<Vec<ChainSegment>>,
+        log_start: Seq,
+    ) -> Moment {
+        Moment { state, pos, chain, gen_mark: self.shared.generations.peek(), log_start }
+    }
+
+    /// Which pages of the map file may be overwritten: those that no superblock, reader or import
+    /// can reach.
+    pub(crate) fn free_pages(&self, ck: &Checkpoints) -> Result<FreePages, StoreError> {
+        let mut free = FreePages::new();
+        let mut seen = Vec::new();
+        for base in ck.roots.iter().filter_map(Weak::upgrade) {
+            if !seen.contains(&base.root.0) {
+                base.for_each_page(&self.shared, &mut |p| free.mark(p))?;
+                seen.push(base.root.0);
+            }
+        }
+        for page in ck.slots.iter().flatten().flat_map(|s| &s.pages) {
+            free.mark(*page);
+        }
+        Ok(free)
+    }
+
+    /// Writes a new map made of `base` and `overlay`. Not synced.
+    pub(crate) fn merge(
+        &self,
+        free: &mut FreePages,
+        base: &Base,
+        overlay: &Overlay,
+    ) -> Result<Base, StoreError> {
+        let file = self.shared.files.map(self.id)?;
+        Merge { shared: &self.shared, file: &*file, free, image: self.id }.run(base, overlay)
+    }
+
+    /// Writes and syncs a checkpoint: map pages and body first, then the superblock.
+    ///
+    /// # Errors
+    /// The disk's. A failing superblock latches the image: nobody knows which one is on the disk.
+    pub(crate) fn commit(
+        &self,
+        ck: &mut Checkpoints,
+        free: &mut FreePages,
+        c: &Commit<'_>,
+    ) -> Result<Committed, StoreError> {
+        let commit_seq = Seq(self.commit.load(Ordering::Acquire));
+        let victims = if c.victims.is_empty() { vec![ck.victim(commit_seq)] } else { c.victims.clone() };
+        let kept: Vec<&Slot> =
+            (0..2).filter(|i| !victims.contains(i)).filter_map(|i| ck.slots[i].as_ref()).collect();
+        let (rows, done) = self.rows(c, &kept);
+        let body = Body {
+            kind: self.kind,
+            gen_mark: c.moment.gen_mark,
+            commit: commit_seq.min(c.moment.state.head().seq),
+            log_start: done.log_start,
+            pos: c.moment.pos,
+            root: c.base.root,
+            height: c.base.height,
+            allocated: c.base.allocated,
+            segments: rows,
+            forks: c.forks.iter().map(Fork::row).collect(),
+            state: Arc::clone(&c.moment.state),
+        };
+        let file = self.shared.files.map(self.id)?;
+        let what = || format!("syncing the map of image {}", self.id);
+        let at = write_body(&self.shared, self.id, &*file, free, &body)?;
+        file.sync().during(what)?;
+        for victim in victims {
+            let number = ck.number() + 1;
+            let written = write_super(self.shared.store, self.id, &*file, victim, number, &at)
+                .and_then(|()| file.sync().during(what));
+            self.or_latch(written)?;
+            ck.slots[victim] = Some(Slot {
+                number,
+                state: Arc::clone(&c.moment.state),
+                base: Arc::clone(c.base),
+                pages: at.pages.clone(),
+            });
+        }
+        Ok(done)
+    }
+
+    /// The segment table: which segments the log, the maps and the forks still need.
+    fn rows(&self, c: &Commit<'_>, kept: &[&Slot]) -> (Vec<SegmentRow>, Committed) {
+        let chain = &c.moment.chain;
+        let head = c.moment.state.head().seq;
+        let replay_from = kept.iter().map(|s| s.seq()).min().unwrap_or(head).min(head);
+        let retain = Seq(self.retain.load(Ordering::Acquire));
+        let mut budget = self.shared.cfg.retain_log_bytes_max;
+        let mut first = chain.len();
+        while let Some(i) = first.checked_sub(1) {
+            let last = last_seq(chain, i, head);
+            let bytes = chain[i].seg.class.bytes();
+            let wanted = last >= retain && bytes <= budget;
+            // The last one may still be written to.
+            if last <= replay_from && !wanted && first != chain.len() {
+                break;
+            }
+            budget = budget.saturating_sub(bytes);
+            first = i;
+        }
+        let log_start = chain.get(first).map_or(head, |s| s.start_seq).next().max(c.moment.log_start);
+        let in_chain: BTreeMap<u32, &ChainSegment> = chain[first..].iter().map(|s| (s.seg.no, s)).collect();
+        let mut rows = Vec::new();
+        let mut dropped = Vec::new();
+        for (no, seg) in c.segments.iter() {
+            if seg.generation >= c.moment.gen_mark {
+                continue;
+            }
+            let part = in_chain.get(no);
+            let live = c.base.live.get(no).copied().unwrap_or(0);
+            let needed = part.is_some()
+                || live > 0
+                || kept.iter().any(|s| s.base.live.contains_key(no))
+                || c.forks.iter().any(|f| f.chain.iter().any(|s| s.seg.no == *no));
+            if !needed {
+                dropped.push(*no);
+                continue;
+            }
+            rows.push(SegmentRow {
+                no: *no,
+                class: seg.class,
+                generation: seg.generation,
+                ordinal: part.map_or(0, |p| p.ordinal),
+                start_seq: part.map_or(Seq::ZERO, |p| p.start_seq),
+                in_chain: part.is_some(),
+                prepared: seg.prepared.load(Ordering::Acquire),
+                live,
+            });
+        }
+        (rows, Committed { log_start, dropped })
+    }
+
+    /// Forgets segments that the commit dropped.
+    pub(crate) fn let_go(&self, ck: &mut Checkpoints, done: &Committed) {
+        let mut tail = self.tail.lock();
+        tail.log_start = tail.log_start.max(done.log_start);
+        if tail.chain.iter().any(|s| done.dropped.contains(&s.seg.no) || s.start_seq < done.log_start.prev()) {
+            let chain = Arc::make_mut(&mut tail.chain);
+            chain.retain(|s| s.start_seq >= done.log_start.prev());
+        }
+        let mut map = self.map.write();
+        if !done.dropped.is_empty() {
+            let segments = Arc::make_mut(&mut map.content.segments);
+            ck.limbo.extend(done.dropped.iter().filter_map(|no| segments.remove(no)));
+        }
+    }
+
+    /// Gives segments in limbo back to the pool once nobody reads them.
+    pub(crate) fn recycle(&self, ck: &mut Checkpoints) -> Result<(), StoreError> {
+        let mut waiting = Vec::new();
+        for seg in std::mem::take(&mut ck.limbo) {
+            if Arc::strong_count(&seg) > 1 {
+                waiting.push(seg);
+            } else {
+                self.shared.pool.give_back(&self.shared, &seg)?;
+            }
+        }
+        ck.limbo = waiting;
+        Ok(())
+    }
+
+    /// What the background may do for this image now; true when it did something.
+    pub(crate) fn background(&self, dirty_map_full: bool) -> Result<bool, StoreError> {
+        if self.latch.get().is_some() {
+            return Ok(false);
+        }
+        let (head, bytes) = {
+            let tail = self.tail.lock();
+            (tail.head().seq.0, tail.bytes_since_checkpoint)
+        };
+        let resting = self.seen_seq.swap(head, Ordering::AcqRel) == head;
+        let map_bytes = self.map.read().content.overlay.bytes() as u64;
+        let due = bytes >= self.shared.cfg.checkpoint_log_bytes
+            || (dirty_map_full && map_bytes > 0)
+            || (resting && bytes > 0);
+        let Some(mut ck) = self.checkpoints.try_lock() else { return Ok(false) };
+        if due {
+            self.checkpoint_locked(&mut ck, false)?;
+        } else if !ck.limbo.is_empty() {
+            self.recycle(&mut ck)?;
+        }
+        Ok(due)
+    }
+}

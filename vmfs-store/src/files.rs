@@ -1,0 +1,92 @@
+//! A bounded set of open files.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use vmfs_common::ImageId;
+
+use crate::disk::{Disk, DiskFile};
+use crate::error::{IoContext as _, StoreError};
+use crate::segment;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Key {
+    Segment(u32),
+    Map(ImageId),
+}
+
+#[derive(Default)]
+struct Inner {
+    open: HashMap<Key, (Arc<dyn DiskFile>, u64)>,
+    clock: u64,
+}
+
+/// Open segment and map files, least recently used closed first. Files that somebody holds (those
+/// with unsynced writes, above all) stay open.
+pub(crate) struct Files {
+    disk: Arc<dyn Disk>,
+    open_max: usize,
+    inner: Mutex<Inner>,
+}
+
+/// The map file of an image.
+pub(crate) fn map_name(image: ImageId) -> String {
+    format!("map/{image}")
+}
+
+impl Files {
+    pub(crate) fn new(disk: Arc<dyn Disk>, open_max: usize) -> Self {
+        Self { disk, open_max: open_max.max(8), inner: Mutex::default() }
+    }
+    pub(crate) fn segment(&self, no: u32) -> Result<Arc<dyn DiskFile>, StoreError> {
+        self.get(Key::Segment(no), || segment::file_name(no))
+    }
+    pub(crate) fn map(&self, image: ImageId) -> Result<Arc<dyn DiskFile>, StoreError> {
+        self.get(Key::Map(image), || map_name(image))
+    }
+    pub(crate) fn forget_segment(&self, no: u32) {
+        self.inner.lock().open.remove(&Key::Segment(no));
+    }
+    pub(crate) fn forget_map(&self, image: ImageId) {
+        self.inner.lock().open.remove(&Key::Map(image));
+    }
+    /// Takes over a file that was just created.
+    pub(crate) fn adopt_segment(&self, no: u32, file: Arc<dyn DiskFile>) {
+        self.insert(Key::Segment(no), file);
+    }
+
+    /// As [`Files::adopt_segment`].
+    pub(crate) fn adopt_map(&self, image: ImageId, file: Arc<dyn DiskFile>) {
+        self.insert(Key::Map(image), file);
+    }
+
+    fn get(&self, key: Key, name: impl Fn() -> String) -> Result<Arc<dyn DiskFile>, StoreError> {
+        {
+            let mut inner = self.inner.lock();
+            inner.clock += 1;
+            let now = inner.clock;
+            if let Some((file, used)) = inner.open.get_mut(&key) {
+                *used = now;
+                return Ok(Arc::clone(file));
+            }
+        }
+        let file = self.disk.open(&name(), false).during(|| format!("opening {}", name()))?;
+        self.insert(key, Arc::clone(&file));
+        Ok(file)
+    }
+    fn insert(&self, key: Key, file: Arc<dyn DiskFile>) {
+        let mut inner = self.inner.lock();
+        inner.clock += 1;
+        let now = inner.clock;
+        if inner.open.len() >= self.open_max {
+            let mut idle: Vec<_> =
+                inner.open.iter().filter(|(_, (f, _))| Arc::strong_count(f) == 1).map(|(k, (_, t))| (*t, *k)).collect();
+            idle.sort_unstable();
+            for (_, k) in idle.into_iter().take(self.open_max / 8 + 1) {
+                inner.open.remove(&k);
+            }
+        }
+        inner.open.insert(key, (file, now));
+    }
+}

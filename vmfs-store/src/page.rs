@@ -1,0 +1,138 @@
+//! Header pages: a linked list of page pairs inside a segment whose bodies, one after the other,
+//! are a stream of records. A partial page goes alternately to the two pages of its pair, so that
+//! the last durable copy is never overwritten.
+
+use crate::segment::{PAGE, PAGE_U64};
+
+const MAGIC: u32 = u32::from_le_bytes(*b"VMHP");
+const VERSION: u16 = 1;
+/// Fixed part of a header page.
+const FIXED: usize = 64;
+/// Bytes of records in one header page.
+pub(crate) const BODY: usize = PAGE - FIXED;
+/// "No record starts in this page."
+const NONE: u16 = u16::MAX;
+
+/// Where a record begins, for searches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Start {
+    /// Offset in the body.
+    pub(crate) offset: u16,
+    /// Number of the record: the update's seq, or a count in a shadow segment.
+    pub(crate) seq: u64,
+    /// First payload page of the record, or where it would be.
+    pub(crate) payload_page: u16,
+}
+
+/// One header page in memory.
+#[derive(Debug, Clone)]
+pub(crate) struct HeaderPage {
+    /// First page of its pair.
+    pub(crate) page: u16,
+    /// Which pair of the segment it is.
+    pub(crate) index: u16,
+    /// Grows with every version written; 0 = never written.
+    pub(crate) write_no: u32,
+    /// First page of the next pair; 0 = none.
+    pub(crate) next: u16,
+    /// The first record that starts here.
+    pub(crate) first: Option<Start>,
+    /// Highest update known to be durable when the page was written.
+    pub(crate) synced_seq: u64,
+    used: u16,
+    bytes: Box<[u8; PAGE]>,
+}
+
+impl HeaderPage {
+    pub(crate) fn new(page: u16, index: u16) -> Self {
+        Self {
+            page,
+            index,
+            write_no: 0,
+            next: 0,
+            first: None,
+            synced_seq: 0,
+            used: 0,
+            bytes: Box::new([0; PAGE]),
+        }
+    }
+    pub(crate) const fn used(&self) -> usize {
+        self.used as usize
+    }
+    pub(crate) fn body(&self) -> &[u8] {
+        &self.bytes[FIXED..FIXED + self.used()]
+    }
+    /// Takes as much of `bytes` as fits; returns how much.
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> usize {
+        let n = bytes.len().min(BODY - self.used());
+        let at = FIXED + self.used();
+        self.bytes[at..at + n].copy_from_slice(&bytes[..n]);
+        self.used += u16::try_from(n).expect("invariant: a page body is below 64 KiB");
+        n
+    }
+    /// The page as written, for `generation`.
+    pub(crate) fn finish(&mut self, generation: u64, synced_seq: u64) -> &[u8; PAGE] {
+        self.synced_seq = synced_seq;
+        let first = self.first.unwrap_or(Start { offset: NONE, seq: 0, payload_page: 0 });
+        let b = &mut self.bytes;
+        b[0..4].copy_from_slice(&MAGIC.to_le_bytes());
+        b[4..6].copy_from_slice(&VERSION.to_le_bytes());
+        b[6..8].copy_from_slice(&self.index.to_le_bytes());
+        b[8..16].copy_from_slice(&generation.to_le_bytes());
+        b[16..20].copy_from_slice(&self.write_no.to_le_bytes());
+        b[20..22].copy_from_slice(&self.used.to_le_bytes());
+        b[22..24].copy_from_slice(&self.next.to_le_bytes());
+        b[24..26].copy_from_slice(&first.offset.to_le_bytes());
+        b[26..28].copy_from_slice(&first.payload_page.to_le_bytes());
+        b[28..32].fill(0);
+        b[32..40].copy_from_slice(&first.seq.to_le_bytes());
+        b[40..48].copy_from_slice(&synced_seq.to_le_bytes());
+        b[48..50].copy_from_slice(&self.page.to_le_bytes());
+        b[50..60].fill(0);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&b[..60]), &b[FIXED..]);
+        b[60..64].copy_from_slice(&crc.to_le_bytes());
+        b
+    }
+    /// Offset in the file of the copy that the present version goes to.
+    pub(crate) const fn slot_offset(&self) -> u64 {
+        (self.page as u64 + (self.write_no & 1) as u64) * PAGE_U64
+    }
+    /// Offset in the file of the other copy.
+    pub(crate) const fn other_slot_offset(&self) -> u64 {
+        (self.page as u64 + (1 - (self.write_no & 1)) as u64) * PAGE_U64
+    }
+    /// The newer valid one of the two copies in `pair`.
+    pub(crate) fn parse_pair(pair: &[u8], page: u16, index: u16, generation: u64) -> Option<Self> {
+        let copies = pair.chunks_exact(PAGE).filter_map(|p| Self::parse(p, page, index, generation));
+        copies.max_by_key(|p| p.write_no)
+    }
+    fn parse(b: &[u8], page: u16, index: u16, generation: u64) -> Option<Self> {
+        let u16_at = |o: usize| u16::from_le_bytes([b[o], b[o + 1]]);
+        let u32_at = |o: usize| u32::from_le_bytes([b[o], b[o + 1], b[o + 2], b[o + 3]]);
+        let u64_at = |o: usize| u64::from(u32_at(o)) | u64::from(u32_at(o + 4)) << 32;
+        if u32_at(0) != MAGIC || u16_at(4) != VERSION || u16_at(6) != index || u16_at(48) != page {
+            return None;
+        }
+        if u64_at(8) != generation || usize::from(u16_at(20)) > BODY {
+            return None;
+        }
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&b[..60]), &b[FIXED..PAGE]);
+        if crc != u32_at(60) {
+            return None;
+        }
+        let mut bytes = Box::new([0; PAGE]);
+        bytes.copy_from_slice(b);
+        let offset = u16_at(24);
+        let first = Start { offset, seq: u64_at(32), payload_page: u16_at(26) };
+        Some(Self {
+            page,
+            index,
+            write_no: u32_at(16),
+            next: u16_at(22),
+            first: (offset != NONE).then_some(first),
+            synced_seq: u64_at(40),
+            used: u16_at(20),
+            bytes,
+        })
+    }
+}
