@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Bytes, Incoming};
@@ -17,6 +18,9 @@ use crate::error::{CliError, CliResult};
 /// Longest answer in bytes: a status of some 100,000 images.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 
+/// A question that waits for nothing is answered within this time, or not at all.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
 /// One daemon, by its socket. Every request is a connection of its own.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
@@ -30,7 +34,8 @@ impl Client {
 
     /// `GET`, answered with one document.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> CliResult<T> {
-        self.document(self.send(Method::GET, path, Bytes::new()).await?).await
+        let asked = async { self.document(self.send(Method::GET, path, Bytes::new()).await?).await };
+        tokio::time::timeout(ANSWER_MAX, asked).await.unwrap_or_else(|_| Err(self.silent()))
     }
 
     /// `GET` about an image.
@@ -117,6 +122,14 @@ impl Client {
         }
     }
 
+    fn silent(&self) -> CliError {
+        CliError::failed(format!(
+            "the daemon on {} does not answer within {} s (is it starting?)",
+            self.socket.display(),
+            ANSWER_MAX.as_secs()
+        ))
+    }
+
     fn broken(&self, error: &impl ToString) -> CliError {
         CliError::failed(format!(
             "bad answer from the daemon on {}: {}",
@@ -151,6 +164,15 @@ fn percent_encode(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn daemon_that_does_not_answer_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let _silent = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let error = Client::new(&socket).get::<String>("/v1/status").await.unwrap_err().to_string();
+        assert!(error.ends_with("does not answer within 10 s (is it starting?)"), "{error}");
+    }
 
     #[test]
     fn parameters_are_encoded() {

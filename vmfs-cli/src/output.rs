@@ -32,6 +32,12 @@ impl Output {
     }
 }
 
+/// Prints `text` for whoever may be watching. When nobody does any more, the work goes on.
+pub(crate) fn tell(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
 /// Prints `text`. A reader that has seen enough (`| head`) ends the program quietly.
 pub(crate) fn print(text: &str) -> CliResult {
     let mut out = std::io::stdout().lock();

@@ -11,7 +11,7 @@ use super::daemon::Started;
 use crate::client::Client;
 use crate::commands::{CLEAR, images_table};
 use crate::error::{CliError, CliResult};
-use crate::output::print;
+use crate::output::tell;
 use crate::table::Table;
 
 /// Between two looks.
@@ -93,7 +93,7 @@ pub(super) async fn watch(cluster: &Cluster, started: &mut Started) -> CliResult
     let terminal = std::io::stdout().is_terminal();
     let intro = announce(cluster, Ending::Interrupt);
     if !terminal {
-        print(&intro)?;
+        tell(&intro);
     }
     let mut shown = String::new();
     let mut states = vec!["ready".to_owned(); cluster.hosts().len()];
@@ -106,14 +106,14 @@ pub(super) async fn watch(cluster: &Cluster, started: &mut Started) -> CliResult
         if terminal {
             let text = render(&looks);
             if text != shown {
-                print(&format!("{CLEAR}{intro}\n{text}"))?;
+                tell(&format!("{CLEAR}{intro}\n{text}"));
                 shown = text;
             }
         } else {
             for (look, state) in looks.iter().zip(&mut states).filter(|(look, state)| look.state() != **state)
             {
                 *state = look.state();
-                print(&format!("host {}: {state}\n", look.name))?;
+                tell(&format!("host {}: {state}\n", look.name));
             }
         }
         if looks.iter().all(|look| look.pid.is_none()) {

@@ -24,7 +24,7 @@ use self::cluster::{Cluster, Host};
 use self::daemon::Started;
 use crate::args::UpArgs;
 use crate::error::{CliError, CliResult};
-use crate::output::print;
+use crate::output::{print, tell};
 
 /// How long `vmfs down` waits for the launcher to shut its cluster down.
 const LAUNCHER_STOP: Duration = Duration::from_secs(45);
@@ -65,10 +65,12 @@ pub(crate) async fn up(args: UpArgs) -> CliResult {
         ended = live::watch(&cluster, &mut started) => ended,
         () = interrupt.wait() => Ok(()),
     };
-    print("stopping ...\n")?;
+    tell("stopping ...\n");
     shut_down(cluster.hosts(), &mut started)?;
     drop(lock);
-    ended.and_then(|()| print("all hosts have stopped\n"))
+    ended?;
+    tell("all hosts have stopped\n");
+    Ok(())
 }
 
 /// `vmfs down`.
