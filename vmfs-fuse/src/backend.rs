@@ -173,7 +173,8 @@ pub trait Backend: Send + Sync + 'static {
     /// yet (the mount repeats it).
     fn unlink(&self, id: ImageId) -> Result<(), Errno>;
 
-    // Attributes: of the newest state, appended to the chain, never waiting.
+    // Attributes: of the newest state, appended to the chain. `EAGAIN` from a change says what
+    // [`Attempt::Wait`] says: the mount parks the request.
 
     /// Attributes; with a `view`, size and blocks are those of what the handle sees.
     ///
@@ -184,7 +185,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Changes attributes.
     ///
     /// # Errors
-    /// `EROFS` when this host is not the owner, `ENOSPC`, `EIO`.
+    /// `EROFS` when this host is not the owner, `EAGAIN`, `ENOSPC`, `EIO`.
     fn set_attrs(&self, id: ImageId, change: &AttrChange) -> Result<(), Errno>;
 
     /// One extended attribute.
@@ -202,7 +203,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Sets (`Some`) or removes (`None`) one. The mount has checked that it (does not) exist.
     ///
     /// # Errors
-    /// `EROFS` when this host is not the owner, `ENOSPC` when there are too many, `EIO`.
+    /// `EROFS` when this host is not the owner, `EAGAIN`, `ENOSPC` when there are too many, `EIO`.
     fn xattr_set(&self, id: ImageId, name: &str, value: Option<&[u8]>) -> Result<(), Errno>;
 
     // Open files.

@@ -1,108 +1,31 @@
 //! A real mount over an engine in memory, used by real tools. Needs root and `/dev/fuse`;
 //! without them every test here fails, so that nobody takes silence for success.
 
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
 #[path = "support/backend.rs"]
 mod backend;
 #[path = "support/disk.rs"]
 mod disk;
+#[path = "support/rig.rs"]
+mod rig;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backend::MemBackend;
 use disk::MemDisk;
+use rig::{Rig, errno, pattern, until};
 use vmfs_common::op::Attrs;
 use vmfs_fuse::catalog::{Catalog, Meta};
 use vmfs_fuse::fs::{Fs, Options};
-use vmfs_fuse::mount::{Detached, MountOptions, Mounted, mount};
-
-/// A mount in a directory of its own; everything is gone with it.
-struct Rig {
-    backend: Arc<MemBackend>,
-    mounted: Option<Mounted>,
-    point: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Rig {
-    fn new() -> Self {
-        Self::with(Options::default())
-    }
-
-    fn with(options: Options) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let point = dir.path().join("mnt");
-        fs::create_dir(&point).unwrap();
-        let backend = Arc::new(MemBackend::default());
-        let meta = Meta { attrs: Attrs { mode: 0o755, ..options.root }, ..Meta::default() };
-        let catalog = Catalog::open(Arc::new(MemDisk::default()), &meta).unwrap();
-        let fs = Fs::start(backend.clone(), catalog, options).unwrap();
-        let mounted = mount(&fs, &MountOptions::new(&point)).unwrap();
-        Self { backend, mounted: Some(mounted), point, _dir: dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.point.join(name)
-    }
-
-    fn write(&self, name: &str, data: &[u8]) {
-        fs::write(self.path(name), data).unwrap();
-    }
-
-    fn rw(&self, name: &str, flags: i32) -> File {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .custom_flags(flags)
-            .open(self.path(name))
-            .unwrap()
-    }
-
-    fn sh(&self, script: &str) -> String {
-        let out = Command::new("bash").arg("-euc").arg(script).current_dir(&self.point).output().unwrap();
-        let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        assert!(out.status.success(), "{script}: {text}{}", String::from_utf8_lossy(&out.stderr));
-        text
-    }
-}
-
-impl Drop for Rig {
-    fn drop(&mut self) {
-        if let Some(mounted) = self.mounted.take() {
-            self.backend.hold_flushes(false);
-            let detached = mounted.detach(Duration::from_secs(10));
-            if !std::thread::panicking() {
-                assert_eq!(detached.unwrap(), Detached::Gone);
-            }
-        }
-    }
-}
-
-fn errno<T>(result: std::io::Result<T>) -> i32 {
-    result.err().and_then(|e| e.raw_os_error()).unwrap_or(0)
-}
-
-/// Waits for a condition, not for a time.
-fn until(what: &str, condition: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(10), "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn pattern(len: usize, seed: u32) -> Vec<u8> {
-    (0..len)
-        .map(|i| u8::try_from((i as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 24).unwrap())
-        .collect()
-}
+use vmfs_fuse::mount::{Detached, MountOptions, mount};
 
 #[test]
 fn it_shows_as_what_it_is_and_goes_away() {

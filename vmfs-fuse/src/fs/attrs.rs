@@ -2,8 +2,8 @@
 
 use vmfs_common::op::{NAME_MAX_BYTES, XATTR_MAX_BYTES};
 
-use super::data::{DataOp, Outcome};
-use super::{Attr, Caller, FileKind, Fs, LOCAL_NAME_TTL, SHORT_TTL, now_ns};
+use super::data::DataOp;
+use super::{Attr, Caller, FileKind, Fs, SHORT_TTL, now_ns};
 use crate::backend::{AttrChange, Backend, Errno, StatFs};
 use crate::catalog::{Change, Kind, Meta, Row, XATTRS_MAX};
 use vmfs_common::op::Attrs;
@@ -54,6 +54,16 @@ pub enum XattrRule {
     Replace,
 }
 
+impl XattrRule {
+    pub(crate) const fn check(self, exists: bool) -> Result<(), Errno> {
+        match (self, exists) {
+            (Self::Create, true) => Err(Errno::EXIST),
+            (Self::Replace, false) => Err(Errno::NODATA),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// What a change of owner or content takes away from a file's mode.
 pub(crate) const fn without_privileges(mode: u32) -> u32 {
     let setgid = if mode & 0o010 == 0 { 0 } else { 0o2000 };
@@ -73,6 +83,17 @@ fn checked_xattr_name(name: &str) -> Result<(), Errno> {
     }
 }
 
+fn edit_xattr(meta: &mut Meta, name: &str, value: Option<&[u8]>, rule: XattrRule) -> Result<(), Errno> {
+    let exists = meta.xattrs.contains_key(name);
+    rule.check(exists)?;
+    match value {
+        Some(_) if !exists && meta.xattrs.len() >= XATTRS_MAX => return Err(Errno::NOSPC),
+        Some(value) => meta.xattrs.insert(name.to_owned(), value.to_vec()),
+        None => meta.xattrs.remove(name),
+    };
+    Ok(())
+}
+
 impl<B: Backend> Fs<B> {
     /// Attributes of an inode.
     ///
@@ -89,7 +110,7 @@ impl<B: Backend> Fs<B> {
         };
         let nlink = u32::from(linked);
         let stat = self.backend.stat(id, view).inspect_err(|error| {
-            tracing::warn!(image = %id, %error, "an image's attributes are not available");
+            tracing::debug!(image = %id, %error, "an image's attributes are not available");
         });
         // A broken image keeps its name, so that it can be seen and removed; opening it fails.
         Ok(stat.map_or_else(
@@ -131,7 +152,7 @@ impl<B: Backend> Fs<B> {
             nlink: if node.linked { links } else { 0 },
             attrs: meta.attrs,
             ctime_ns: meta.ctime_ns,
-            ttl: SHORT_TTL.min(LOCAL_NAME_TTL),
+            ttl: SHORT_TTL,
         }
     }
 
@@ -146,10 +167,8 @@ impl<B: Backend> Fs<B> {
         caller: Caller,
         reply: impl FnOnce(Result<(), Errno>) + Send + 'static,
     ) {
-        let id = match self.tree.read().get(ino) {
-            None => return reply(Err(Errno::NOENT)),
-            Some(node) => node.image(),
-        };
+        let node = self.tree.read().get(ino).map(super::tree::Node::image);
+        let Some(id) = node else { return reply(Err(Errno::NOENT)) };
         let Some(id) = id else {
             return reply(if change.size.is_some() {
                 Err(Errno::ISDIR)
@@ -165,18 +184,12 @@ impl<B: Backend> Fs<B> {
         if attrs.mode.is_some_and(|m| m & 0o6000 != 0) {
             self.mark_privileged(ino);
         }
-        let backend = self.backend.clone();
-        let rest = move || if attrs.is_empty() { Ok(()) } else { backend.set_attrs(id, &attrs) };
-        let Some(size) = change.size else { return reply(rest()) };
-        let view = match fh {
-            None => None,
-            Some(fh) => match self.handle(fh) {
-                Ok(handle) => Some(handle.view),
-                Err(errno) => return reply(Err(errno)),
-            },
+        let view = match fh.map(|fh| self.handle(fh)).transpose() {
+            Ok(handle) => handle.map(|h| h.view),
+            Err(errno) => return reply(Err(errno)),
         };
-        let done = move |result: Result<Outcome, Errno>| reply(result.and_then(|_| rest()));
-        self.submit(id, caller, DataOp::Resize { id, view, size }, done);
+        let op = DataOp::Change { id, view, size: change.size, attrs };
+        self.submit(id, caller, op, move |outcome| reply(outcome.map(|_| ())));
     }
 
     /// What the change means for an image.
@@ -276,42 +289,30 @@ impl<B: Backend> Fs<B> {
 
     /// Sets an extended attribute, or removes it (`None`, with [`XattrRule::Replace`]).
     ///
-    /// # Errors
-    /// `EEXIST`/`ENODATA` by the rule, `E2BIG`, `ENOSPC` beyond [`XATTRS_MAX`] of them, `EROFS`.
-    pub fn setxattr(&self, ino: u64, name: &str, value: Option<&[u8]>, rule: XattrRule) -> Result<(), Errno> {
-        checked_xattr_name(name)?;
-        if value.is_some_and(|v| v.len() > XATTR_MAX_BYTES) {
-            return Err(Errno::TOOBIG);
+    /// Answers `EEXIST`/`ENODATA` by the rule, `E2BIG`, `ENOSPC` beyond [`XATTRS_MAX`] of them, `EROFS`.
+    pub fn setxattr(
+        &self,
+        ino: u64,
+        name: &str,
+        value: Option<&[u8]>,
+        rule: XattrRule,
+        caller: Caller,
+        reply: impl FnOnce(Result<(), Errno>) + Send + 'static,
+    ) {
+        let image = checked_xattr_name(name).and_then(|()| {
+            if value.is_some_and(|v| v.len() > XATTR_MAX_BYTES) {
+                return Err(Errno::TOOBIG);
+            }
+            Ok(self.tree.read().get(ino).ok_or(Errno::NOENT)?.image())
+        });
+        match image {
+            Err(errno) => reply(Err(errno)),
+            Ok(None) => reply(self.edit_meta(ino, |meta| edit_xattr(meta, name, value, rule))),
+            Ok(Some(id)) => {
+                let op = DataOp::Xattr { id, name: name.to_owned(), value: value.map(<[u8]>::to_vec), rule };
+                self.submit(id, caller, op, move |outcome| reply(outcome.map(|_| ())));
+            }
         }
-        let allowed = |exists: bool| match rule {
-            XattrRule::Create if exists => Err(Errno::EXIST),
-            XattrRule::Replace if !exists => Err(Errno::NODATA),
-            _ => Ok(()),
-        };
-        let image = self.tree.read().get(ino).ok_or(Errno::NOENT)?.image();
-        let Some(id) = image else {
-            return self.edit_meta(ino, |meta| {
-                allowed(meta.xattrs.contains_key(name))?;
-                if let Some(value) = value {
-                    if meta.xattrs.len() >= XATTRS_MAX && !meta.xattrs.contains_key(name) {
-                        return Err(Errno::NOSPC);
-                    }
-                    meta.xattrs.insert(name.to_owned(), value.to_vec());
-                } else {
-                    meta.xattrs.remove(name);
-                }
-                Ok(())
-            });
-        };
-        // The kernel holds the inode's lock, so that nobody comes between the question and the
-        // change through this mount.
-        let exists = match self.backend.xattr_get(id, name) {
-            Ok(_) => true,
-            Err(Errno::NODATA) => false,
-            Err(errno) => return Err(errno),
-        };
-        allowed(exists)?;
-        self.backend.xattr_set(id, name, value)
     }
 
     /// Capacity.

@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 use vmfs_common::ids::ImageId;
 
 use super::Fs;
-use super::tree::Tree;
+use super::tree::{Node, Tree};
 use super::wait::TICK;
 use crate::backend::{Backend, Claim, Errno};
 use crate::catalog::{Change, Kind, Rows};
@@ -145,12 +145,26 @@ impl<B: Backend> Fs<B> {
 
     /// Lays the claims of this moment out over the catalog, and corrects the kernel.
     pub fn sync_claims(&self) {
-        let _one_at_a_time = self.laying.lock();
+        let mut laid = self.laid.lock();
         let mut claims = self.backend.list();
         // A locally owned image wins a name, else the lowest id.
         claims.sort_by_key(|c| (!c.owner_here, c.id));
+        let generation = self.tree.read().generation;
+        if laid.generation != Some(generation) || laid.claims != claims {
+            let (generation, stale) = self.lay_out(&claims);
+            *laid = Laid { claims, generation: Some(generation) };
+            if let Some(kernel) = self.kernel.get() {
+                stale.iter().for_each(|(parent, name)| kernel.forget_name(*parent, name));
+            }
+        }
+        drop(laid);
+        self.drop_stale_content();
+    }
+
+    /// Places every claim anew. Returns the tree's generation, and names that lead elsewhere now.
+    fn lay_out(&self, claims: &[Claim]) -> (u64, Vec<(u64, String)>) {
         let mut tree = self.tree.write();
-        let (changes, mut stale) = settle(&mut tree, &claims);
+        let (changes, mut stale) = settle(&mut tree, claims);
         if !changes.is_empty() {
             self.commit_quietly(&mut tree, &changes);
         }
@@ -164,22 +178,36 @@ impl<B: Backend> Fs<B> {
         }
         stale.extend(tree.changed_names(&old));
         tree.sweep(&old);
-        drop(tree);
+        (tree.generation, stale)
+    }
+
+    /// Tells the kernel of content that changed other than through it.
+    fn drop_stale_content(&self) {
         let Some(kernel) = self.kernel.get() else { return };
-        for (parent, name) in stale {
-            kernel.forget_name(parent, &name);
-        }
         let marks: Vec<_> = self.cached.lock().iter().map(|(ino, mark)| (*ino, *mark)).collect();
         for (ino, mark) in marks {
-            let id = self.tree.read().get(ino).and_then(super::tree::Node::image);
+            let id = self.tree.read().get(ino).and_then(Node::image);
             let stat = id.and_then(|id| self.backend.stat(id, None).ok());
             let now = stat.map(|s| (s.lineage, s.content_version));
-            if now != Some(mark) {
-                self.cached.lock().remove(&ino);
-                kernel.forget_content(ino);
+            if now == Some(mark) {
+                continue;
             }
+            // Remembered before the kernel forgets: what it reads in between is newer.
+            match now {
+                Some(now) => self.cached.lock().insert(ino, now),
+                None => self.cached.lock().remove(&ino),
+            };
+            kernel.forget_content(ino);
         }
     }
+}
+
+/// What was last laid out.
+#[derive(Debug, Default)]
+pub(crate) struct Laid {
+    claims: Vec<Claim>,
+    /// The tree's, afterwards.
+    generation: Option<u64>,
 }
 
 /// Rows that are not this host's any more, and burials that are over. Also the names that this
@@ -201,6 +229,10 @@ fn settle(tree: &mut Tree, claims: &[Claim]) -> (Vec<Change>, Vec<(u64, String)>
         }
         *seen |= claim.unlinked;
     }
+    // Past the undelete window the engine does not know the image any more.
+    let known: BTreeSet<ImageId> = claims.iter().map(|c| c.id).collect();
+    let purged = tree.buried.iter().filter(|(id, seen)| **seen && !known.contains(id));
+    changes.extend(purged.map(|(id, _)| Change::Exhume(*id)));
     (changes, stale)
 }
 
@@ -220,8 +252,9 @@ pub(crate) fn run_chores<B: Backend>(fs: &Weak<Fs<B>>, closed: &(Mutex<bool>, Co
         }
         let Some(fs) = fs.upgrade() else { return };
         let version = fs.backend.claims_version();
-        if laid != Some(version) {
-            laid = Some(version);
+        let now = Some((version, fs.tree.read().generation));
+        if laid != now {
+            laid = now;
             fs.sync_claims();
         }
         let due = fs.chores.due.swap(false, Ordering::Relaxed);

@@ -4,10 +4,11 @@ use std::cell::RefCell;
 
 use vmfs_common::ids::ImageId;
 
+use super::attrs::XattrRule;
 use super::park::Parked;
 use super::wait::Signals;
 use super::{Caller, Fs};
-use crate::backend::{Attempt, Backend, Errno, SizeRule, View};
+use crate::backend::{Attempt, AttrChange, Backend, Errno, SizeRule, View};
 
 /// Bytes moved by one `copy_file_range` request; the caller asks again for the rest.
 const COPY_BYTES_MAX: u64 = 8 << 20;
@@ -16,12 +17,50 @@ const COPY_PIECE: u32 = 1 << 20;
 /// An operation that owns everything it needs, so that it can wait.
 #[derive(Debug)]
 pub(crate) enum DataOp {
-    Read { id: ImageId, view: View, offset: u64, len: u32 },
-    Write { id: ImageId, view: View, offset: u64, data: Vec<u8> },
-    Zero { id: ImageId, view: View, offset: u64, len: u64, size: SizeRule },
-    Allocate { id: ImageId, view: View, offset: u64, len: u64, size: SizeRule },
-    Resize { id: ImageId, view: Option<View>, size: u64 },
-    Copy { from: (ImageId, View, u64), to: (ImageId, View, u64), len: u64 },
+    Read {
+        id: ImageId,
+        view: View,
+        offset: u64,
+        len: u32,
+    },
+    Write {
+        id: ImageId,
+        view: View,
+        offset: u64,
+        data: Vec<u8>,
+    },
+    Zero {
+        id: ImageId,
+        view: View,
+        offset: u64,
+        len: u64,
+        size: SizeRule,
+    },
+    Allocate {
+        id: ImageId,
+        view: View,
+        offset: u64,
+        len: u64,
+        size: SizeRule,
+    },
+    /// Size and attributes of one `SETATTR`.
+    Change {
+        id: ImageId,
+        view: Option<View>,
+        size: Option<u64>,
+        attrs: AttrChange,
+    },
+    Xattr {
+        id: ImageId,
+        name: String,
+        value: Option<Vec<u8>>,
+        rule: XattrRule,
+    },
+    Copy {
+        from: (ImageId, View, u64),
+        to: (ImageId, View, u64),
+        len: u64,
+    },
 }
 
 /// What came of it.
@@ -34,9 +73,9 @@ pub(crate) enum Outcome {
 
 impl DataOp {
     /// Memory that it holds while it waits.
-    pub(crate) const fn held_bytes(&self) -> usize {
+    pub(crate) fn held_bytes(&self) -> usize {
         match self {
-            Self::Write { data, .. } => data.len(),
+            Self::Write { data, .. } | Self::Xattr { value: Some(data), .. } => data.len(),
             _ => 0,
         }
     }
@@ -46,6 +85,14 @@ fn map<T, U>(attempt: Attempt<T>, with: impl FnOnce(T) -> U) -> Attempt<U> {
     match attempt {
         Attempt::Ready(result) => Attempt::Ready(result.map(with)),
         Attempt::Wait => Attempt::Wait,
+    }
+}
+
+/// `EAGAIN` of a change of attributes means "not now".
+fn waits(result: Result<(), Errno>) -> Attempt<Outcome> {
+    match result {
+        Err(Errno::AGAIN) => Attempt::Wait,
+        other => Attempt::Ready(other.map(|()| Outcome::Done)),
     }
 }
 
@@ -65,7 +112,27 @@ pub(crate) fn attempt<B: Backend>(backend: &B, op: &DataOp) -> Attempt<Outcome> 
         DataOp::Allocate { id, view, offset, len, size } => {
             map(backend.allocate(*id, *view, *offset, *len, *size), |()| Outcome::Done)
         }
-        DataOp::Resize { id, view, size } => map(backend.resize(*id, *view, *size), |()| Outcome::Done),
+        DataOp::Change { id, view, size, attrs } => {
+            // Tried again from the start when only the second half has to wait: both are idempotent.
+            match size.map(|size| backend.resize(*id, *view, size)) {
+                Some(Attempt::Ready(Ok(()))) | None if attrs.is_empty() => Attempt::ok(Outcome::Done),
+                Some(Attempt::Ready(Ok(()))) | None => waits(backend.set_attrs(*id, attrs)),
+                Some(other) => map(other, |()| Outcome::Done),
+            }
+        }
+        DataOp::Xattr { id, name, value, rule } => {
+            let exists = match backend.xattr_get(*id, name) {
+                Ok(_) => true,
+                Err(Errno::NODATA) => false,
+                Err(errno) => return Attempt::err(errno),
+            };
+            // The kernel holds the inode's lock, so that nobody comes between the question and
+            // the change through this mount.
+            match rule.check(exists) {
+                Ok(()) => waits(backend.xattr_set(*id, name, value.as_deref())),
+                Err(errno) => Attempt::err(errno),
+            }
+        }
         DataOp::Copy { from, to, len } => map(copy(backend, *from, *to, *len), Outcome::Count),
     }
 }

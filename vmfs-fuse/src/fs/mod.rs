@@ -2,7 +2,7 @@
 //!
 //! [`Fs`] maps POSIX file operations to the [`Backend`] and the [`Catalog`]:
 //!
-//! - `tree`, `claims`: the names; `names`: operations on them; `attrs`: stat, chmod, xattrs
+//! - `tree`, `claims`: the names; `names`, `rename`: operations on them; `attrs`: stat, chmod, xattrs
 //! - `files`: handles; `data`: what is done to an image's content; `flock`, [`locks`]: byte-range locks
 //! - `wait`, `park`: what cannot be answered now
 //!
@@ -18,6 +18,7 @@ mod flock;
 pub mod locks;
 mod names;
 mod park;
+mod rename;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -36,11 +37,12 @@ use crate::backend::{Backend, Errno, View};
 use crate::catalog::{Catalog, CatalogError, Change, Meta};
 
 pub use attrs::{SetAttr, Stamp, XattrRule};
-pub use names::{DirEntry, Made, RenameRule};
+pub use names::{DirEntry, Made};
 pub use park::{PARKED_BYTES_MAX, PARKED_OPS_MAX};
+pub use rename::RenameRule;
 pub use wait::Caller;
 
-use claims::Chores;
+use claims::{Chores, Laid};
 use flock::FileLocks;
 use tree::Tree;
 use wait::Waits;
@@ -154,8 +156,8 @@ pub struct Fs<B> {
     /// Orders what chains are told of names.
     telling: Mutex<()>,
     chores: Arc<Chores>,
-    /// One layout of claims at a time.
-    laying: Mutex<()>,
+    /// Held while claims are laid out.
+    laid: Mutex<Laid>,
     park: Arc<park::Park>,
     waits: Waits,
     kernel: OnceLock<Box<dyn KernelCache>>,
@@ -208,7 +210,7 @@ impl<B: Backend> Fs<B> {
             cached: Mutex::default(),
             telling: Mutex::new(()),
             chores: Arc::default(),
-            laying: Mutex::new(()),
+            laid: Mutex::default(),
             park: Arc::default(),
             waits: Waits::start()?,
             kernel: OnceLock::new(),

@@ -11,17 +11,6 @@ use super::{Entry, FileKind, Fs, LOCAL_NAME_TTL, Opened, SHORT_TTL, now_ns};
 use crate::backend::{Backend, Errno};
 use crate::catalog::{Change, Kind, Meta, Row};
 
-/// What to do about the target of a rename.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RenameRule {
-    /// It is replaced.
-    Replace,
-    /// `RENAME_NOREPLACE`.
-    Keep,
-    /// `RENAME_EXCHANGE`.
-    Exchange,
-}
-
 /// Who makes a name, and with what mode (the umask is applied already).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Made {
@@ -48,7 +37,7 @@ pub struct DirEntry {
 ///
 /// # Errors
 /// `ENAMETOOLONG`, `EILSEQ`, `EINVAL`.
-fn checked(name: &[u8]) -> Result<&str, Errno> {
+pub(super) fn checked(name: &[u8]) -> Result<&str, Errno> {
     if name.len() > vmfs_common::op::NAME_MAX_BYTES {
         return Err(Errno::NAMETOOLONG);
     }
@@ -65,7 +54,7 @@ const fn kind_of(node: &Node) -> FileKind {
 }
 
 /// The directory with a new mtime and ctime, as it is or as `changes` make it.
-fn touch(tree: &Tree, dir: u64, changes: &mut Vec<Change>) {
+pub(super) fn touch(tree: &Tree, dir: u64, changes: &mut Vec<Change>) {
     let now = now_ns();
     let touched = |row: &Row| {
         let mut row = row.clone();
@@ -176,7 +165,13 @@ impl<B: Backend> Fs<B> {
             Ok(ino)
         })();
         match placed {
-            Ok(ino) => self.remember(ino),
+            Ok(ino) => {
+                // A directory above may have been renamed meanwhile.
+                if self.tree.read().path(ino).is_none_or(|now| now != path) {
+                    self.tell_name(id);
+                }
+                self.remember(ino)
+            }
             Err(errno) => {
                 self.bury(id, None);
                 Err(errno)
@@ -323,104 +318,6 @@ impl<B: Backend> Fs<B> {
         self.commit(tree, &changes)
     }
 
-    /// Renames; one transaction whatever is replaced, exchanged or moved along.
-    ///
-    /// # Errors
-    /// `EROFS` when an image that another host owns would get another path; `EEXIST`,
-    /// `ENOTEMPTY`, `EISDIR`, `ENOTDIR`, `EINVAL` (into itself), `ENAMETOOLONG`.
-    pub fn rename(&self, from: (u64, &[u8]), to: (u64, &[u8]), rule: RenameRule) -> Result<(), Errno> {
-        let name = checked(to.1)?;
-        let mut tree = self.tree.write();
-        tree.dir(from.0)?;
-        tree.dir(to.0)?;
-        let source = find(&tree, from.0, from.1)?;
-        let target = tree.child(to.0, name);
-        match (target, rule) {
-            (Some(_), RenameRule::Keep) => return Err(Errno::EXIST),
-            (None, RenameRule::Exchange) => return Err(Errno::NOENT),
-            (Some(target), _) if target == source => return Ok(()),
-            _ => {}
-        }
-        check_move(&tree, source, (to.0, name))?;
-        let mut changes = tree.materialise(to.0);
-        changes.extend(tree.materialise(from.0));
-        let mut moved = tree.images_under(source);
-        let mut removed = None;
-        let put = |ino: u64, parent: u64, name: &str, changes: &mut Vec<Change>| {
-            let Some(node) = tree.get(ino) else { return };
-            let mut kind = node.row.kind.clone();
-            if let Kind::Dir(meta) | Kind::Symlink { meta, .. } = &mut kind {
-                meta.ctime_ns = now_ns();
-            }
-            changes.push(Change::Put(ino, Row { parent, name: name.to_owned(), kind }));
-        };
-        put(source, to.0, name, &mut changes);
-        match target {
-            Some(target) if rule == RenameRule::Exchange => {
-                let old_name = std::str::from_utf8(from.1).map_err(|_| Errno::ILSEQ)?;
-                check_move(&tree, target, (from.0, old_name))?;
-                moved.extend(tree.images_under(target));
-                put(target, from.0, old_name, &mut changes);
-            }
-            Some(target) => {
-                check_replace(&tree, source, target)?;
-                changes.insert(0, Change::Del(target));
-                if let Some(id) = tree.get(target).and_then(Node::image) {
-                    // The new name first, so that a failover between the two loses neither.
-                    let after = tree.get(source).and_then(Node::image);
-                    changes.push(Change::Bury { id, after });
-                    removed = Some((target, id, after));
-                }
-            }
-            None => {}
-        }
-        touch(&tree, from.0, &mut changes);
-        if from.0 != to.0 {
-            touch(&tree, to.0, &mut changes);
-        }
-        own_moved(&mut tree, &moved, &mut changes);
-        match removed {
-            Some((ino, id, after)) => {
-                // The chains learn the names before the burial asks for a flush.
-                let told = moved.clone();
-                self.commit_rename(tree, &changes, &told, Some((ino, id, after)))
-            }
-            None => self.commit_rename(tree, &changes, &moved, None),
-        }
-    }
-
-    fn commit_rename(
-        &self,
-        mut tree: RwLockWriteGuard<'_, Tree>,
-        changes: &[Change],
-        moved: &[u64],
-        removed: Option<(u64, ImageId, Option<ImageId>)>,
-    ) -> Result<(), Errno> {
-        let ids: Vec<ImageId> = moved.iter().filter_map(|i| tree.get(*i).and_then(Node::image)).collect();
-        let mut bury_now = removed;
-        if let Some((ino, _, after)) = removed
-            && let Some(node) = tree.get_mut(ino).filter(|n| n.opens > 0)
-        {
-            node.doomed = Some(after);
-            bury_now = None;
-        }
-        if let Err(errno) = self.commit(tree, changes) {
-            if let Some((ino, ..)) = removed
-                && let Some(node) = self.tree.write().get_mut(ino).filter(|n| n.linked)
-            {
-                node.doomed = None;
-            }
-            return Err(errno);
-        }
-        for id in ids {
-            self.tell_name(id);
-        }
-        if let Some((_, id, after)) = bury_now {
-            self.bury(id, after);
-        }
-        Ok(())
-    }
-
     /// Opens a directory for listing.
     ///
     /// # Errors
@@ -475,60 +372,8 @@ impl<B: Backend> Fs<B> {
     }
 }
 
-fn find(tree: &Tree, parent: u64, name: &[u8]) -> Result<u64, Errno> {
+pub(super) fn find(tree: &Tree, parent: u64, name: &[u8]) -> Result<u64, Errno> {
     tree.dir(parent)?;
     let name = std::str::from_utf8(name).map_err(|_| Errno::NOENT)?;
     tree.child(parent, name).ok_or(Errno::NOENT)
-}
-
-/// Whether this host may give the node that place.
-fn check_move(tree: &Tree, ino: u64, (parent, name): (u64, &str)) -> Result<(), Errno> {
-    let path = tree.path_in(parent, name)?;
-    let old = tree.path(ino).ok_or(Errno::NOENT)?;
-    let node = tree.get(ino).ok_or(Errno::NOENT)?;
-    if node.is_dir() && tree.is_inside(parent, ino) {
-        return Err(Errno::INVAL);
-    }
-    for image in tree.images_under(ino) {
-        let node = tree.get(image).ok_or(Errno::NOENT)?;
-        if !node.may_move() {
-            return Err(Errno::ROFS);
-        }
-        let below = tree.path(image).ok_or(Errno::NOENT)?;
-        if below.len() - old.len() + path.len() > PATH_MAX_BYTES {
-            return Err(Errno::NAMETOOLONG);
-        }
-    }
-    Ok(())
-}
-
-fn check_replace(tree: &Tree, source: u64, target: u64) -> Result<(), Errno> {
-    let (source, node) = (tree.get(source).ok_or(Errno::NOENT)?, tree.get(target).ok_or(Errno::NOENT)?);
-    match (source.is_dir(), node.is_dir()) {
-        (true, false) => Err(Errno::NOTDIR),
-        (false, true) => Err(Errno::ISDIR),
-        (_, true) if !node.local || !tree.is_empty(target) => Err(Errno::NOTEMPTY),
-        _ if !node.is_dir() && !node.may_move() => Err(Errno::ROFS),
-        _ => Ok(()),
-    }
-}
-
-/// Names that move along and are not rows yet (images promoted here, directories that claims
-/// imply) become rows: their place is this host's decision from now on.
-fn own_moved(tree: &mut Tree, moved: &[u64], changes: &mut Vec<Change>) {
-    for ino in moved {
-        let mut rows = Vec::new();
-        let mut at = *ino;
-        while let Some(node) = tree.get(at).filter(|n| !n.local) {
-            rows.push(Change::Put(at, node.row.clone()));
-            at = node.row.parent;
-        }
-        rows.reverse();
-        for row in rows {
-            let Change::Put(ino, _) = &row else { continue };
-            if !changes.iter().any(|c| matches!(c, Change::Put(known, _) if known == ino)) {
-                changes.push(row);
-            }
-        }
-    }
 }

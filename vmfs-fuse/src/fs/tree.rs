@@ -49,6 +49,8 @@ pub(crate) struct Tree {
     /// Inode numbers of foreign directories by path, so that they keep them.
     foreign_dirs: HashMap<String, u64>,
     next_ino: u64,
+    /// Counts what was applied, for those who have to look again.
+    pub(crate) generation: u64,
 }
 
 /// True for what may be one path component.
@@ -89,6 +91,7 @@ impl Tree {
             buried: rows.buried.keys().map(|id| (*id, false)).collect(),
             foreign_dirs: HashMap::new(),
             next_ino: ROOT_INO + 1,
+            generation: 0,
         };
         for (ino, row) in &rows.rows {
             if ino & IMAGE_BIT == 0 {
@@ -222,6 +225,7 @@ impl Tree {
 
     /// Applies what the catalog has accepted. True when a foreign name had to give way.
     pub(crate) fn apply(&mut self, changes: &[Change]) -> bool {
+        self.generation += 1;
         let (mut displaced, mut deleted) = (Vec::new(), Vec::new());
         for change in changes {
             match change {

@@ -5,23 +5,24 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyBmap,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
-    ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, IoctlFlags,
+    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::attach::REQUEST_BYTES_MAX;
+use super::convert::{
+    BLOCK_BYTES, GENERATION, caller, empty, entry, errno, file_attr, file_type, made, ns, open_flags, sized,
+    text,
+};
 use crate::backend::{Backend, Errno};
 use crate::fs::locks::{Lock, LockKind};
-use crate::fs::{Attr, Caller, FileKind, Fs, Made, Opened, RenameRule, SetAttr, Stamp, XattrRule};
+use crate::fs::{Fs, RenameRule, SetAttr, Stamp, XattrRule};
 
-/// Inode numbers are not reused within a process, and the kernel forgets them with the mount.
-const GENERATION: Generation = Generation(0);
-const BLOCK_BYTES: u32 = 4096;
 /// Asynchronous requests that the kernel may have outstanding.
 const BACKGROUND_MAX: u16 = 64;
 
@@ -33,107 +34,6 @@ impl<B: Backend> Adapter<B> {
     pub(super) const fn new(fs: Arc<Fs<B>>) -> Self {
         Self { fs }
     }
-}
-
-fn errno(e: Errno) -> fuser::Errno {
-    fuser::Errno::from_i32(e.raw_os_error())
-}
-
-fn caller(req: &Request) -> Caller {
-    Caller { pid: req.pid() }
-}
-
-fn time(ns: u64) -> SystemTime {
-    UNIX_EPOCH + Duration::from_nanos(ns)
-}
-
-fn ns(time: SystemTime) -> u64 {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-}
-
-const fn file_type(kind: FileKind) -> FileType {
-    match kind {
-        FileKind::Dir => FileType::Directory,
-        FileKind::Symlink => FileType::Symlink,
-        FileKind::Image => FileType::RegularFile,
-    }
-}
-
-fn file_attr(attr: &Attr) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(attr.ino),
-        size: attr.size,
-        blocks: attr.allocated.div_ceil(512),
-        atime: time(attr.attrs.atime_ns),
-        mtime: time(attr.attrs.mtime_ns),
-        ctime: time(attr.ctime_ns),
-        crtime: UNIX_EPOCH,
-        kind: file_type(attr.kind),
-        perm: u16::try_from(attr.attrs.mode & 0o7777).expect("invariant: twelve bits"),
-        nlink: attr.nlink,
-        uid: attr.attrs.uid,
-        gid: attr.attrs.gid,
-        rdev: 0,
-        blksize: BLOCK_BYTES,
-        flags: 0,
-    }
-}
-
-fn open_flags(opened: &Opened) -> FopenFlags {
-    let mut flags = FopenFlags::empty();
-    if opened.direct {
-        flags |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
-    }
-    if opened.keep_cache {
-        flags |= FopenFlags::FOPEN_KEEP_CACHE;
-    }
-    flags
-}
-
-const fn made(req: &MadeBy, mode: u32, umask: u32) -> Made {
-    Made { mode: mode & !umask, uid: req.uid, gid: req.gid }
-}
-
-struct MadeBy {
-    uid: u32,
-    gid: u32,
-}
-
-impl From<&Request> for MadeBy {
-    fn from(req: &Request) -> Self {
-        Self { uid: req.uid(), gid: req.gid() }
-    }
-}
-
-fn entry(reply: ReplyEntry, result: Result<crate::fs::Entry, Errno>) {
-    match result {
-        Ok(e) => reply.entry_with_ttls(&e.attr.ttl, &e.ttl, &file_attr(&e.attr), GENERATION),
-        Err(e) => reply.error(errno(e)),
-    }
-}
-
-fn empty(reply: ReplyEmpty, result: Result<(), Errno>) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(errno(e)),
-    }
-}
-
-fn sized(reply: ReplyXattr, size: u32, result: Result<Vec<u8>, Errno>) {
-    match (result, u32::try_from) {
-        (Err(e), _) => reply.error(errno(e)),
-        (Ok(data), len) => match len(data.len()) {
-            Ok(len) if size == 0 => reply.size(len),
-            Ok(len) if len <= size => reply.data(&data),
-            _ => reply.error(fuser::Errno::ERANGE),
-        },
-    }
-}
-
-/// Extended attribute names are ASCII in every namespace that is stored.
-fn text(name: &OsStr) -> Result<&str, Errno> {
-    name.to_str().ok_or(Errno::OPNOTSUPP)
 }
 
 impl<B: Backend> Filesystem for Adapter<B> {
@@ -233,13 +133,13 @@ impl<B: Backend> Filesystem for Adapter<B> {
         reply: ReplyEntry,
     ) {
         let regular = mode & libc::S_IFMT == libc::S_IFREG || mode & libc::S_IFMT == 0;
-        let made = made(&req.into(), mode, umask);
+        let made = made(req, mode, umask);
         let result = if regular { self.fs.create(parent.0, name.as_bytes(), made) } else { Err(Errno::PERM) };
         entry(reply, result);
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
-        entry(reply, self.fs.mkdir(parent.0, name.as_bytes(), made(&req.into(), mode, umask)));
+        entry(reply, self.fs.mkdir(parent.0, name.as_bytes(), made(req, mode, umask)));
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -251,7 +151,7 @@ impl<B: Backend> Filesystem for Adapter<B> {
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
-        let made = made(&req.into(), 0o777, 0);
+        let made = made(req, 0o777, 0);
         entry(reply, self.fs.symlink(parent.0, name.as_bytes(), target.as_os_str().as_bytes(), made));
     }
 
@@ -441,7 +341,7 @@ impl<B: Backend> Filesystem for Adapter<B> {
 
     fn setxattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -455,7 +355,13 @@ impl<B: Backend> Filesystem for Adapter<B> {
             libc::XATTR_REPLACE => Ok(XattrRule::Replace),
             _ => Err(Errno::INVAL),
         };
-        empty(reply, rule.and_then(|rule| self.fs.setxattr(ino.0, text(name)?, Some(value), rule)));
+        match rule.and_then(|rule| Ok((rule, text(name)?))) {
+            Ok((rule, name)) => {
+                let caller = caller(req);
+                self.fs.setxattr(ino.0, name, Some(value), rule, caller, move |r| empty(reply, r));
+            }
+            Err(e) => reply.error(errno(e)),
+        }
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
@@ -471,9 +377,14 @@ impl<B: Backend> Filesystem for Adapter<B> {
         );
     }
 
-    fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removed = text(name).and_then(|name| self.fs.setxattr(ino.0, name, None, XattrRule::Replace));
-        empty(reply, removed);
+    fn removexattr(&self, req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        match text(name) {
+            Ok(name) => {
+                let caller = caller(req);
+                self.fs.setxattr(ino.0, name, None, XattrRule::Replace, caller, move |r| empty(reply, r));
+            }
+            Err(e) => reply.error(errno(e)),
+        }
     }
 
     fn create(
@@ -486,7 +397,7 @@ impl<B: Backend> Filesystem for Adapter<B> {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        match self.fs.create_open(parent.0, name.as_bytes(), made(&req.into(), mode, umask), flags) {
+        match self.fs.create_open(parent.0, name.as_bytes(), made(req, mode, umask), flags) {
             Ok((e, opened)) => {
                 let (fh, flags) = (FileHandle(opened.fh), open_flags(&opened));
                 reply.created(&e.attr.ttl, &file_attr(&e.attr), GENERATION, fh, flags);

@@ -152,10 +152,10 @@ fn unescape(field: &str) -> Vec<u8> {
 
 /// Type and source of what is mounted at the path, topmost last in the table.
 fn mounted_at(table: &str, point: &Path) -> Option<(String, String)> {
-    let at_point = table.lines().filter(|line| {
+    let mut at_point = table.lines().filter(|line| {
         line.split(' ').nth(4).is_some_and(|field| unescape(field) == point.as_os_str().as_bytes())
     });
-    let mut rest = at_point.last()?.split(" - ").nth(1)?.split(' ');
+    let mut rest = at_point.next_back()?.split(" - ").nth(1)?.split(' ');
     Some((rest.next()?.to_owned(), rest.next()?.to_owned()))
 }
 

@@ -7,6 +7,7 @@
 
 mod adapter;
 mod attach;
+mod convert;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
@@ -129,18 +130,20 @@ impl Mounted {
         }
     }
 
-    /// Takes the mount away: no new opens, requests that wait fail, and then up to `grace` for the
-    /// last files to be closed.
+    /// Takes the mount off its path, lets what is open go on for up to `grace`, and then fails
+    /// the requests that still wait.
     ///
     /// # Errors
     /// The kernel's, when even a lazy detach was refused; the mount is still there.
     pub fn detach(mut self, grace: Duration) -> Result<Detached, MountError> {
         let covered = !self.attached.detach()?;
+        let mut gone = !covered && self.wait(grace).is_some();
         (self.close)();
         if covered {
             return Ok(Detached::Covered);
         }
-        Ok(if self.wait(grace).is_some() { Detached::Gone } else { Detached::Busy })
+        gone = gone || self.wait(Duration::from_millis(100)).is_some();
+        Ok(if gone { Detached::Gone } else { Detached::Busy })
     }
 }
 

@@ -211,6 +211,12 @@ impl MemBackend {
         self.state.lock().images[&id].unlinked
     }
 
+    /// The undelete window is over.
+    pub(crate) fn purge(&self, id: ImageId) {
+        self.state.lock().images.remove(&id);
+        self.changed();
+    }
+
     pub(crate) fn undelete(&self, id: ImageId) {
         self.state.lock().images.get_mut(&id).unwrap().unlinked = false;
         self.changed();
@@ -352,6 +358,9 @@ impl Backend for MemBackend {
         if !image.owner_here {
             return Err(Errno::ROFS);
         }
+        if image.frozen {
+            return Err(Errno::AGAIN);
+        }
         let a = &mut image.attrs;
         a.mode = change.mode.unwrap_or(a.mode);
         a.uid = change.uid.unwrap_or(a.uid);
@@ -377,6 +386,9 @@ impl Backend for MemBackend {
         let image = state.images.get_mut(&id).ok_or(Errno::NOENT)?;
         if !image.owner_here {
             return Err(Errno::ROFS);
+        }
+        if image.frozen {
+            return Err(Errno::AGAIN);
         }
         match value {
             Some(value) => image.xattrs.insert(name.to_owned(), value.to_vec()),

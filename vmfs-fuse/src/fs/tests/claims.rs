@@ -5,9 +5,9 @@ use std::sync::mpsc;
 
 use super::model::{read_all, resolve, start, wait};
 use crate::backend::{Backend, Errno};
-use crate::catalog::ROOT_INO;
+use crate::catalog::{Catalog, Meta, ROOT_INO};
 use crate::fs::locks::{Lock, LockKind};
-use crate::fs::{Caller, Fs, Made, RenameRule};
+use crate::fs::{Caller, Fs, Made, RenameRule, SetAttr, XattrRule};
 use crate::testbackend::MemBackend;
 use crate::testdisk::{MemDisk, Rng};
 
@@ -153,6 +153,53 @@ fn an_undeleted_image_shows_again() {
     rig.backend.undelete(id);
     rig.fs.sync_claims();
     assert_eq!(rig.names(""), ["f"]);
+}
+
+#[test]
+fn burials_are_forgotten_when_the_image_is_purged() {
+    let rig = Rig::new();
+    for n in 0..10 {
+        rig.create(&format!("f{n}"));
+        let id = rig.backend.id_at(&format!("f{n}")).unwrap();
+        rig.fs.unlink(ROOT_INO, format!("f{n}").as_bytes()).unwrap();
+        rig.fs.sync_claims();
+        rig.backend.purge(id);
+    }
+    rig.fs.sync_claims();
+    rig.fs.close();
+    let catalog = Catalog::open(rig.disk.clone(), &Meta::default()).unwrap();
+    assert!(catalog.rows().buried.is_empty(), "{:?}", catalog.rows().buried);
+}
+
+#[test]
+fn a_loser_gets_its_name_when_the_winner_goes() {
+    let rig = Rig::new();
+    rig.fs.symlink(ROOT_INO, b"x", b"nowhere", MADE).unwrap();
+    rig.backend.add_foreign(0x22, "x", b"2");
+    rig.fs.sync_claims();
+    assert_eq!(rig.names(""), ["x", "x~22222222"]);
+    rig.fs.unlink(ROOT_INO, b"x").unwrap();
+    rig.fs.sync_claims();
+    assert_eq!(rig.names(""), ["x"]);
+}
+
+#[test]
+fn attributes_of_a_frozen_image_wait_and_names_do_not() {
+    let rig = Rig::new();
+    rig.create("f");
+    let (id, ino) = (rig.backend.id_at("f").unwrap(), resolve(&rig.fs, "f").unwrap());
+    rig.backend.freeze(id);
+    let (tx, rx) = mpsc::channel();
+    let change = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+    let sender = tx.clone();
+    rig.fs.setattr(ino, None, change, 0, NOBODY, move |r| sender.send(r).unwrap());
+    rig.fs.setxattr(ino, "user.a", Some(b"1"), XattrRule::Create, NOBODY, move |r| tx.send(r).unwrap());
+    rig.rename("f", "g").unwrap();
+    assert!(rx.try_recv().is_err());
+    rig.backend.thaw(id);
+    assert_eq!((rx.recv().unwrap(), rx.recv().unwrap()), (Ok(()), Ok(())));
+    assert_eq!(rig.fs.getattr(ino).unwrap().attrs.mode, 0o600);
+    assert_eq!(rig.fs.getxattr(ino, "user.a"), Ok(b"1".to_vec()));
 }
 
 #[test]

@@ -309,12 +309,14 @@ impl World {
                 self.copy(a, *from, b, *to, *len);
             }
             Op::Xattr(p, value) => {
-                let Some(_) = self.model.get(p) else { return };
+                if !self.model.contains_key(p) || self.frozen {
+                    return;
+                }
                 let ino = resolve(&self.fs, p).unwrap();
                 let value = value.map(|b| vec![b]);
                 let had = self.fs.getxattr(ino, "user.x").is_ok();
                 let rule = if value.is_some() { XattrRule::Any } else { XattrRule::Replace };
-                let done = self.fs.setxattr(ino, "user.x", value.as_deref(), rule);
+                let done = wait(|r| self.fs.setxattr(ino, "user.x", value.as_deref(), rule, NOBODY, r));
                 assert_eq!(done, if had || value.is_some() { Ok(()) } else { Err(Errno::NODATA) });
                 assert_eq!(self.fs.getxattr(ino, "user.x").ok(), value);
             }
@@ -365,7 +367,7 @@ impl World {
 
     fn restart(&mut self, seed: u64) {
         self.fs.close();
-        if seed % 2 == 0 {
+        if seed.is_multiple_of(2) {
             self.disk = self.disk.crash(&mut Rng::new(seed));
         }
         self.fs = start(&self.backend, &self.disk);
