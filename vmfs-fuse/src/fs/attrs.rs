@@ -109,32 +109,33 @@ impl<B: Backend> Fs<B> {
             (id, node.linked, node.pins.last().copied())
         };
         let nlink = u32::from(linked);
-        let stat = self.backend.stat(id, view).inspect_err(|error| {
-            tracing::debug!(image = %id, %error, "an image's attributes are not available");
-        });
-        // A broken image keeps its name, so that it can be seen and removed; opening it fails.
-        Ok(stat.map_or_else(
-            |_| Attr {
-                ino,
-                kind: FileKind::Image,
-                size: 0,
-                allocated: 0,
-                nlink,
-                attrs: Attrs::default(),
-                ctime_ns: 0,
-                ttl: std::time::Duration::ZERO,
-            },
-            |s| Attr {
-                ino,
-                kind: FileKind::Image,
-                size: s.size_bytes,
-                allocated: s.allocated_bytes,
-                nlink,
-                attrs: s.attrs,
-                ctime_ns: s.ctime_ns,
-                ttl: if s.writable_here { SHORT_TTL } else { std::time::Duration::ZERO },
-            },
-        ))
+        // The pin may have been given back in between.
+        let pinned = view.and_then(|view| self.backend.stat(id, Some(view)).ok());
+        let stat = match pinned.map_or_else(|| self.backend.stat(id, None), Ok) {
+            Ok(stat) => Some(stat),
+            // A name whose image is lost stays, so that it can be seen and removed.
+            Err(Errno::NOENT) => None,
+            Err(errno) => return Err(errno),
+        };
+        let mut attr = Attr {
+            ino,
+            kind: FileKind::Image,
+            size: 0,
+            allocated: 0,
+            nlink,
+            attrs: Attrs::default(),
+            ctime_ns: 0,
+            ttl: std::time::Duration::ZERO,
+        };
+        if let Some(stat) = stat {
+            attr.size = stat.size_bytes;
+            attr.allocated = stat.allocated_bytes;
+            attr.attrs = stat.attrs;
+            attr.ctime_ns = stat.ctime_ns;
+            // What other hosts change is asked for every time.
+            attr.ttl = if stat.writable_here { SHORT_TTL } else { attr.ttl };
+        }
+        Ok(attr)
     }
 
     fn local_attr(ino: u64, node: &super::tree::Node) -> Attr {

@@ -64,7 +64,7 @@ impl<B: Backend> Fs<B> {
         let (view, stat) = match opened {
             Ok(opened) => opened,
             Err(errno) => {
-                self.end_open(ino, None);
+                self.end_open(ino, None, || {});
                 return Err(errno);
             }
         };
@@ -114,14 +114,18 @@ impl<B: Backend> Fs<B> {
     pub fn release(&self, fh: u64) {
         let Some(handle) = self.handles.write().remove(&fh) else { return };
         self.change_locks(handle.ino, |table| table.drop_handle(fh));
-        self.backend.close(handle.id, handle.view);
-        self.end_open(handle.ino, handle.view.pin.map(|_| handle.view));
+        // First from the inode, so that nobody asks for a pin that is gone.
+        self.end_open(handle.ino, handle.view.pin.map(|_| handle.view), || {
+            self.backend.close(handle.id, handle.view);
+        });
     }
 
-    fn end_open(&self, ino: u64, pinned: Option<View>) {
+    /// Takes the handle off the inode, gives its view back with `close`, and buries the image if
+    /// it was unlinked and this was the last handle.
+    fn end_open(&self, ino: u64, pinned: Option<View>, close: impl FnOnce()) {
         let doomed = {
             let mut tree = self.tree.write();
-            let Some(node) = tree.get_mut(ino) else { return };
+            let Some(node) = tree.get_mut(ino) else { return close() };
             node.opens -= 1;
             if let Some(at) = node.pins.iter().position(|v| Some(*v) == pinned) {
                 node.pins.remove(at);
@@ -131,6 +135,7 @@ impl<B: Backend> Fs<B> {
             tree.drop_unused(ino);
             doomed
         };
+        close();
         if let Some((id, after)) = doomed {
             self.cached.lock().remove(&ino);
             self.bury(id, after);

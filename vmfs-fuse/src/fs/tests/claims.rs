@@ -172,6 +172,19 @@ fn burials_are_forgotten_when_the_image_is_purged() {
 }
 
 #[test]
+fn a_name_whose_image_is_lost_can_be_seen_and_removed() {
+    let mut rig = Rig::new();
+    rig.create("f");
+    rig.backend.purge(rig.backend.id_at("f").unwrap());
+    rig.restart();
+    let ino = resolve(&rig.fs, "f").unwrap();
+    assert_eq!(rig.fs.getattr(ino).unwrap().size, 0);
+    assert_eq!(rig.fs.open(ino, libc::O_RDONLY).err(), Some(Errno::NOENT));
+    rig.fs.unlink(ROOT_INO, b"f").unwrap();
+    assert!(rig.names("").is_empty());
+}
+
+#[test]
 fn a_loser_gets_its_name_when_the_winner_goes() {
     let rig = Rig::new();
     rig.fs.symlink(ROOT_INO, b"x", b"nowhere", MADE).unwrap();
