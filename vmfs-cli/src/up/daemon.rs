@@ -23,6 +23,8 @@ use crate::error::{CliError, CliResult};
 const READY_MAX: Duration = Duration::from_secs(60);
 /// Between two looks whether it is.
 const READY_POLL: Duration = Duration::from_millis(20);
+/// How long hosts that are ready may take to connect to each other before they are ready all the same.
+const CONNECT_MAX: Duration = Duration::from_secs(3);
 /// How long one look may take.
 const ANSWER_MAX: Duration = Duration::from_millis(500);
 /// How long a daemon may take to end on SIGTERM.
@@ -76,7 +78,7 @@ impl Started {
                 if let Some(status) = running.ended {
                     return Err(running.failure(&format!("ended while starting ({status})")));
                 }
-                if !running.is_ready().await? {
+                if !running.is_ready(start.elapsed() < CONNECT_MAX).await? {
                     waiting = Some(running);
                 }
             }
@@ -120,15 +122,18 @@ impl Running {
         }
     }
 
-    async fn is_ready(&self) -> CliResult<bool> {
+    /// It answers, its mount is there and, if asked for, it is connected to all others: an image that is
+    /// made then has all its members.
+    async fn is_ready(&self, connected: bool) -> CliResult<bool> {
         if self.host.pid()? != Some(self.child.id()) {
             return Ok(false);
         }
         let client = Client::new(&self.host.socket());
         // The socket may be there before anybody serves it.
         let asked = tokio::time::timeout(ANSWER_MAX, client.get::<StatusReport>("/v1/status"));
-        let answers = asked.await.is_ok_and(|answer| answer.is_ok());
-        Ok(answers && mounts::is_mounted(&self.host.mount()).map_err(CliError::failed)?)
+        let Ok(Ok(report)) = asked.await else { return Ok(false) };
+        let linked = !connected || report.peers.iter().all(|p| p.connected);
+        Ok(linked && mounts::is_mounted(&self.host.mount()).map_err(CliError::failed)?)
     }
 
     /// What happened, with the last thing the daemon said.

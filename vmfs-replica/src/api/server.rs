@@ -341,11 +341,12 @@ async fn wait(State(control): Shared, payload: Payload) -> Result<Response, ApiE
     Ok(stream(control, OnDisconnect::Cancel, move |c, p| {
         Box::pin(async move {
             let image = request.image.clone();
+            let what = if request.in_sync { "not in sync" } else { "not there" };
             let waiting = c.wait(request, p);
             match limit {
                 None => waiting.await,
                 Some(limit) => tokio::time::timeout(limit, waiting).await.unwrap_or_else(|_| {
-                    Err(ApiError::failed(format!("{image}: not there after {:.1} s", limit.as_secs_f64())))
+                    Err(ApiError::failed(format!("{image}: {what} after {:.1} s", limit.as_secs_f64())))
                 }),
             }
         })
