@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::hash::{hash, mac, same_secret};
-use crate::header::{FORMAT_LEVEL, Update, UpdateHeader, update_digest};
+use crate::header::{FLAG_DEGRADED, FORMAT_LEVEL, Update, UpdateHeader, update_digest};
 use crate::identity::{HostKey, PublicKey};
 use crate::ids::{BlockCount, BlockIndex, Digest, Epoch, Head, ImageId, Seq};
 use crate::op::Op;
@@ -86,6 +86,8 @@ pub struct Tip {
     pub tag: [u8; 32],
     /// Its time, for the monotone clock.
     pub time_ns: u64,
+    /// Its flags: [`FLAG_DEGRADED`] tells how votes are to be counted.
+    pub flags: u8,
 }
 
 impl Tip {
@@ -93,7 +95,7 @@ impl Tip {
     #[must_use]
     pub const fn of(update: &Update) -> Self {
         let h = &update.header;
-        Self { head: update.head(), public: h.public, tag: h.tag, time_ns: h.time_ns }
+        Self { head: update.head(), public: h.public, tag: h.tag, time_ns: h.time_ns, flags: h.flags }
     }
 }
 
@@ -236,6 +238,7 @@ pub struct OwnerChain {
     image: ImageId,
     private: [u8; 32],
     tip: Tip,
+    degraded: bool,
 }
 
 impl OwnerChain {
@@ -254,9 +257,10 @@ impl OwnerChain {
         let (image, epoch) = (p.image, p.ballot);
         assert_eq!(p.secret_hash, secret.commitment(), "invariant: the proposal commits to this secret");
         let private = secret.first_private(image, epoch);
+        let degraded = parent.flags & FLAG_DEGRADED != 0 || start.follows_degraded();
         let header = UpdateHeader {
             level: FORMAT_LEVEL,
-            flags: 0,
+            flags: if degraded { FLAG_DEGRADED } else { 0 },
             image,
             epoch,
             seq: parent.head.seq.next(),
@@ -274,7 +278,18 @@ impl OwnerChain {
         };
         let update = finish(header, &private);
         let tip = Tip::of(&update);
-        (Self { secret, image, private, tip }, update)
+        (Self { secret, image, private, tip, degraded }, update)
+    }
+
+    /// Whether updates carry [`FLAG_DEGRADED`]. True from the beginning when the chain below does.
+    #[must_use]
+    pub const fn is_degraded(&self) -> bool {
+        self.degraded
+    }
+
+    /// Sets [`FLAG_DEGRADED`] on the updates to come, or ends it.
+    pub const fn set_degraded(&mut self, degraded: bool) {
+        self.degraded = degraded;
     }
 
     /// Where the chain stands.
@@ -293,6 +308,7 @@ impl OwnerChain {
     /// `time_ns` is clamped to the parent's.
     pub fn append(&mut self, draft: Draft, time_ns: u64, commit: Seq, acked: Vec<Seq>) -> Update {
         let Draft { op, start, count, digests, flags } = draft;
+        let flags = flags | if self.degraded { FLAG_DEGRADED } else { 0 };
         let mut header = UpdateHeader {
             level: FORMAT_LEVEL,
             flags,

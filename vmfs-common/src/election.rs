@@ -63,6 +63,9 @@ pub struct Vote {
     pub commit: Rank,
     /// The highest seq it has acknowledged itself.
     pub acked: Rank,
+    /// Its head carries [`crate::header::FLAG_DEGRADED`]: flushes below it may have been
+    /// acknowledged with a single copy of the data.
+    pub degraded: bool,
     /// Over all of it.
     pub signature: Signature,
 }
@@ -78,6 +81,7 @@ impl Vote {
         encode_head(&mut w, &self.head);
         encode_rank(&mut w, self.commit);
         encode_rank(&mut w, self.acked);
+        w.u8(u8::from(self.degraded));
         w.finish()
     }
     /// Fills in the signature.
@@ -108,6 +112,7 @@ impl Vote {
             head: decode_head(r)?,
             commit: decode_rank(r)?,
             acked: decode_rank(r)?,
+            degraded: r.flag()?,
             signature: Signature(r.array()?),
         })
     }
@@ -314,6 +319,12 @@ impl EpochStart {
         Ok(Self { proposal, mandate, published: present.then_some(secret), signature })
     }
 
+    /// True when a voter's head says that flushes may have been acknowledged with fewer data copies.
+    #[must_use]
+    pub fn follows_degraded(&self) -> bool {
+        matches!(&self.mandate, Mandate::Votes(votes) if votes.iter().any(|v| v.degraded))
+    }
+
     /// The member list that this epoch begins with, given the one in force at its parent.
     #[must_use]
     pub fn members_after(&self, before: &MemberList) -> MemberList {
@@ -378,7 +389,7 @@ pub fn verify_votes(
     if seen.len() < members.quorum() {
         return Err(CertificateError::NoQuorum);
     }
-    adopted_head(votes).map_err(|_| CertificateError::Fork).and_then(|best| {
+    adopted_head(votes, members).map_err(|_| CertificateError::Fork).and_then(|best| {
         if best != *parent {
             Err(CertificateError::NotHighest)
         } else if votes.iter().any(|v| v.commit > parent.rank()) {
@@ -391,13 +402,27 @@ pub fn verify_votes(
     })
 }
 
-/// The highest voted head by (epoch, seq).
+/// The head to adopt: the highest voted one by (epoch, seq).
+///
+/// A witness may hold headers of updates whose data is nowhere any more: the owner lost power before
+/// it synced, or died before the data members had them. When too few data members are missing from
+/// the votes for such an update to have been acknowledged, only the data members' heads count. Too
+/// few: less than the data copies that a flush needs, which is one once any voter's head is flagged
+/// degraded (a degraded acknowledgement needs the flagged header on a majority of the members, so
+/// every quorum knows of it).
 ///
 /// # Errors
 /// The two heads, when the highest rank was voted with two digests: fork evidence.
-pub fn adopted_head(votes: &[Vote]) -> Result<Head, (Head, Head)> {
-    let best = votes.iter().map(|v| v.head).max_by_key(Head::rank).unwrap_or_default();
-    match votes.iter().find(|v| v.head.rank() == best.rank() && v.head.digest != best.digest) {
+pub fn adopted_head(votes: &[Vote], members: &MemberList) -> Result<Head, (Head, Head)> {
+    let holds_data = |h: HostId| members.get(h).is_some_and(|m| m.role == MemberRole::Replica);
+    let voted = |h: HostId| votes.iter().any(|v| v.host == h);
+    let data = members.data_members().count();
+    let absent = members.data_members().filter(|m| !voted(m.host)).count();
+    let copies = if votes.iter().any(|v| v.degraded) { 1 } else { members.data_copies().min(data) };
+    let counted = |v: &&Vote| absent >= copies || holds_data(v.host);
+    let best = votes.iter().filter(counted).map(|v| v.head).max_by_key(Head::rank).unwrap_or_default();
+    let other = |v: &&Vote| v.head.rank() == best.rank() && v.head.digest != best.digest;
+    match votes.iter().filter(counted).find(other) {
         Some(v) => Err((best, v.head)),
         None => Ok(best),
     }

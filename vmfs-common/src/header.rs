@@ -24,13 +24,17 @@ pub const HEADER_MAX_BYTES: usize =
 
 /// Flag: the guest asked for durability at this point.
 pub const FLAG_FLUSH: u8 = 1;
+/// Flag: flushes up to here may have been acknowledged with fewer data copies than the policy wants
+/// (`on_quorum_loss = "degrade"`). Set on every update from the entry into that state to the return
+/// from it, and inherited by the `EpochStart` of the next owner.
+pub const FLAG_DEGRADED: u8 = 2;
 
 /// A decoded header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UpdateHeader {
     /// Format level of the chain.
     pub level: u16,
-    /// [`FLAG_FLUSH`] or 0.
+    /// [`FLAG_FLUSH`] and [`FLAG_DEGRADED`], or 0.
     pub flags: u8,
     /// The image.
     pub image: ImageId,
@@ -195,8 +199,22 @@ impl UpdateHeader {
             (0..digests_len).map(|_| r.array().map(Digest::from_bytes)).collect::<Result<_, _>>()?;
         r.end()?;
         let h = Self {
-            level, flags, image, epoch, seq, parent, time_ns, start, count, commit, reveal, public, tag, acked,
-            digests, op,
+            level,
+            flags,
+            image,
+            epoch,
+            seq,
+            parent,
+            time_ns,
+            start,
+            count,
+            commit,
+            reveal,
+            public,
+            tag,
+            acked,
+            digests,
+            op,
         };
         h.check_shape(payload_blocks)?;
         Ok(h)
@@ -204,7 +222,7 @@ impl UpdateHeader {
 
     fn check_shape(&self, payload_blocks: usize) -> Result<(), CodecError> {
         let bad = |what| Err(CodecError::Invalid(what));
-        if self.flags & !FLAG_FLUSH != 0 {
+        if self.flags & !(FLAG_FLUSH | FLAG_DEGRADED) != 0 {
             return bad("flags");
         }
         if self.seq == Seq::ZERO || self.epoch.number == 0 {
@@ -229,7 +247,8 @@ impl UpdateHeader {
 }
 
 fn body_of(b: &[u8]) -> Digest {
-    let u32_at = |o: usize| u32::from_le_bytes(b[o..o + 4].try_into().expect("invariant: fixed part")) as usize;
+    let u32_at =
+        |o: usize| u32::from_le_bytes(b[o..o + 4].try_into().expect("invariant: fixed part")) as usize;
     let digests_at = b.len() - u32_at(16) * Digest::LEN;
     let digests = hash("digests", &[&b[digests_at..]]);
     hash("body", &[&b[..at::BODY_END], &b[FIXED_BYTES..digests_at], digests.as_bytes()])

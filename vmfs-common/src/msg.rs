@@ -20,7 +20,10 @@ pub const HEADERS_MAX: usize = 1024;
 pub const HEADERS_MAX_BYTES: usize = 128 << 10;
 
 const fn bincode_config() -> impl bincode::config::Config {
-    bincode::config::standard().with_little_endian().with_fixed_int_encoding().with_limit::<MESSAGE_MAX_BYTES>()
+    bincode::config::standard()
+        .with_little_endian()
+        .with_fixed_int_encoding()
+        .with_limit::<MESSAGE_MAX_BYTES>()
 }
 
 /// The bytes of a control message.
@@ -122,6 +125,9 @@ pub enum ImageMsg {
         head: Head,
         /// The present owner's vote for this proposal, on a hand-over.
         consent: Option<Vote>,
+        /// What the candidate's list says the member keeps: a member that was named in the genesis
+        /// and has received nothing yet votes with an empty copy.
+        role: MemberRole,
     },
     /// Member to candidate: promised, durably.
     Voted {

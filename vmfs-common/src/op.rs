@@ -46,8 +46,7 @@ impl Attrs {
     /// # Errors
     /// Truncated, or bits outside 0o7777.
     pub fn decode(r: &mut Reader<'_>) -> Result<Self, CodecError> {
-        let a =
-            Self { mode: r.u32()?, uid: r.u32()?, gid: r.u32()?, atime_ns: r.u64()?, mtime_ns: r.u64()? };
+        let a = Self { mode: r.u32()?, uid: r.u32()?, gid: r.u32()?, atime_ns: r.u64()?, mtime_ns: r.u64()? };
         if a.mode > 0o7777 { Err(CodecError::Invalid("mode")) } else { Ok(a) }
     }
 }

@@ -184,6 +184,7 @@ impl ImageState {
         w.bytes(self.tip.public.as_bytes());
         w.bytes(&self.tip.tag);
         w.u64(self.tip.time_ns);
+        w.u8(self.tip.flags);
         w.u64(self.size_bytes);
         w.u8(u8::from(self.path.is_some()));
         w.var(self.path.as_deref().unwrap_or_default().as_bytes());
@@ -226,6 +227,7 @@ impl ImageState {
             public: Digest::from_bytes(r.array()?),
             tag: r.array()?,
             time_ns: r.u64()?,
+            flags: r.u8()?,
         };
         let size_bytes = r.u64()?;
         let named = r.flag()?;

@@ -165,6 +165,7 @@ fn vote(p: &Proposal, voter: u8, head: Head) -> Vote {
         head,
         commit: (Epoch::default(), Seq(0)),
         acked: (Epoch::default(), Seq(0)),
+        degraded: false,
         signature: Signature([0; 64]),
     };
     v.signed(&key(voter))
@@ -178,7 +179,7 @@ fn a_certificate_needs_a_quorum_of_honest_votes_for_the_highest_head() {
     let p = proposal(&secret, ballot, &list);
     let (long_old, short_new) = (head(3, 1, 900, 1), head(4, 1, 5, 2));
     let votes = vec![vote(&p, 2, short_new), vote(&p, 3, long_old)];
-    assert_eq!(adopted_head(&votes), Ok(short_new), "never by length");
+    assert_eq!(adopted_head(&votes, &list), Ok(short_new), "never by length");
     assert_eq!(verify_votes(&p, &votes, &short_new, &list), Ok(()));
     assert_eq!(verify_votes(&p, &votes, &long_old, &list), Err(CertificateError::NotHighest));
     assert_eq!(verify_votes(&p, &votes[..1], &short_new, &list), Err(CertificateError::NoQuorum));

@@ -61,6 +61,7 @@ fn samples() -> (Vec<Update>, ImageState) {
         head: Head::default(),
         commit: (Epoch::default(), Seq(0)),
         acked: (Epoch::default(), Seq(0)),
+        degraded: false,
         signature: Signature([0; 64]),
     }
     .signed(&key(2));

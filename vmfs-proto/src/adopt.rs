@@ -70,7 +70,7 @@ impl Machine {
         }
         c.grace_until = None;
         let votes: Vec<Vote> = c.votes.values().cloned().collect();
-        let adopted = match adopted_head(&votes) {
+        let adopted = match adopted_head(&votes, &self.state.members) {
             Ok(head) => head,
             Err((a, b)) => {
                 c.problem = Some(OpError::Fork(a, b));

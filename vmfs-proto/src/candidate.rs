@@ -247,7 +247,8 @@ impl Machine {
         }
         let head = self.state.head();
         let (proposal, occasion) = (proposal.clone(), c.occasion);
-        send(out, host, ImageMsg::Propose { proposal, occasion, head, consent });
+        let role = self.elector(host).map(|m| m.role).unwrap_or_default();
+        send(out, host, ImageMsg::Propose { proposal, occasion, head, consent, role });
     }
 
     pub(crate) fn on_voted(

@@ -1,7 +1,7 @@
 //! Following an owner: its offer, our head, the stream, and block-level sync.
 
 use vmfs_common::chain::Refusal;
-use vmfs_common::election::{EpochStart, Mandate, adopted_head};
+use vmfs_common::election::{EpochStart, Mandate, Vote};
 use vmfs_common::header::Update;
 use vmfs_common::ids::{Head, HostId, Millis, Seq};
 use vmfs_common::msg::{ImageMsg, Join};
@@ -128,7 +128,12 @@ impl Machine {
             return Err(Refusal::BadCertificate);
         }
         let parent = match &args.mandate {
-            Mandate::Votes(votes) => adopted_head(votes).map_err(|_| Refusal::BadCertificate)?,
+            // Which of the voted heads is the parent follows from the header; that it is the right
+            // one, from the member list.
+            Mandate::Votes(votes) => {
+                let named = |v: &&Vote| v.head.digest == h.parent && v.head.seq.next() == h.seq;
+                votes.iter().find(named).map(|v| v.head).ok_or(Refusal::BadCertificate)?
+            }
             Mandate::Forced(list) => {
                 if self.is_admitted() && list.get(self.id.host).is_none() {
                     return Err(Refusal::Fork);
@@ -138,9 +143,6 @@ impl Machine {
             Mandate::Genesis(_) if self.state.head().seq > Seq::ZERO => return Err(Refusal::Fork),
             Mandate::Genesis(_) => return Ok((Head::default(), false)),
         };
-        if parent.digest != h.parent || parent.seq.next() != h.seq {
-            return Err(Refusal::BadCertificate);
-        }
         let lists = [Some(&self.state.members), self.meta.previous.as_ref().map(|r| &r.members)];
         let holds = |l: &MemberList| !l.is_empty() && l.digest() == args.proposal.members;
         match lists.into_iter().flatten().find(|l| holds(l)) {

@@ -106,7 +106,6 @@ impl Machine {
             owner_heard_ns: state.tip.time_ns.min(env.time_ns),
             state,
             durable,
-            meta,
             meta_version: 0,
             meta_persisted: 0,
             meta_due: None,
@@ -122,7 +121,8 @@ impl Machine {
             flushes: VecDeque::new(),
             handover: None,
             block_sync: BlockSync::default(),
-            acked_seen: Default::default(),
+            acked_seen: meta.acked_seen.clone(),
+            meta,
             last_gates: None,
         }
     }
@@ -194,7 +194,9 @@ impl Machine {
         Ok(m)
     }
 
-    /// An image this store knows nothing of, on its first `Offer` (whose `role` says what to keep).
+    /// An image this store knows nothing of, on its first `Offer` or `Propose` (whose `role` says what
+    /// to keep). From its first meta record on the image is in the store, also while it has no
+    /// updates: it may hold a promise, and is taken up by [`Machine::recover`] after a restart.
     pub fn blank(
         env: &mut Env<'_>,
         identity: Arc<Identity>,
@@ -240,7 +242,8 @@ impl Machine {
     }
 
     /// Makes the next update. The caller has asked [`Machine::may_write`] under the same lock and
-    /// reserved the space; the update is part of the chain from here on and must be stored.
+    /// reserved the space; the update is part of the chain from here on and must be stored, and
+    /// only then the outputs executed: they may append another ([`Output::AppendLocal`]).
     ///
     /// # Panics
     /// When this host is not the owner.
@@ -298,7 +301,7 @@ impl Machine {
 
     fn message(&mut self, env: &mut Env<'_>, from: HostId, msg: ImageMsg, out: &mut Vec<Output>) {
         match msg {
-            ImageMsg::Propose { proposal, occasion, head, consent } => {
+            ImageMsg::Propose { proposal, occasion, head, consent, role: _ } => {
                 self.on_propose(env, from, proposal, occasion, head, consent, out);
             }
             ImageMsg::Voted { vote, share } => self.on_voted(env, from, vote, share, out),
@@ -480,6 +483,7 @@ impl Machine {
     /// Persists the meta record now; returns its version.
     pub(crate) fn persist(&mut self, out: &mut Vec<Output>) -> u64 {
         self.meta_version += 1;
+        self.meta.acked_seen.clone_from(&self.acked_seen);
         self.meta_due = None;
         out.push(Output::PersistMeta { version: self.meta_version, bytes: self.meta.encode() });
         self.meta_version
@@ -505,8 +509,14 @@ impl Machine {
     fn synced(&mut self, env: &mut Env<'_>, head: Head, out: &mut Vec<Output>) {
         let stale = std::mem::take(&mut self.sync.stale);
         self.sync.in_flight = false;
+        let first = self.durable.seq == Seq::ZERO;
         if !stale && head.seq >= self.durable.seq && head.seq <= self.state.head().seq {
             self.durable = head;
+        }
+        if first && matches!(self.role, RoleState::Owner(_)) {
+            for host in self.connected.clone() {
+                self.offer(env, host, out);
+            }
         }
         if std::mem::take(&mut self.sync.again) || stale {
             self.want_sync(out);

@@ -3,7 +3,7 @@
 use vmfs_common::codec::{CodecError, Reader, Writer};
 use vmfs_common::election::{Rank, Vote, decode_head, decode_vote, encode_head, encode_vote};
 use vmfs_common::ids::{Digest, Epoch, Head, HostId, Seq};
-use vmfs_common::policy::{Acks, ImagePolicy, MemberList, OnQuorumLoss};
+use vmfs_common::policy::{Acks, ImagePolicy, MEMBERS_MAX, MemberList, OnQuorumLoss};
 
 const MAGIC: [u8; 4] = *b"VMM1";
 const VERSION: u32 = 1;
@@ -65,6 +65,8 @@ pub(crate) struct Meta {
     /// The rule before a change that is not known to be committed: until it is, both count.
     /// Durable before the change is appended by its owner.
     pub(crate) previous: Option<Rule>,
+    /// The members' acknowledgements as the latest header stated them, in the list's order.
+    pub(crate) acked_seen: (Epoch, Vec<Seq>),
 }
 
 fn put_epoch(w: &mut Writer, e: Epoch) {
@@ -130,6 +132,9 @@ impl Meta {
             rule.policy.encode(&mut w);
             w.u64(rule.changed_at.0);
         }
+        put_epoch(&mut w, self.acked_seen.0);
+        w.count(self.acked_seen.1.len());
+        self.acked_seen.1.iter().for_each(|s| w.u64(s.0));
         let mut bytes = w.finish();
         let crc = crc32c::crc32c(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
@@ -175,8 +180,12 @@ impl Meta {
         } else {
             None
         };
+        let acked_epoch = get_epoch(&mut r)?;
+        let acked_len = r.count(MEMBERS_MAX)?;
+        let acked_seen = (0..acked_len).map(|_| r.u64().map(Seq)).collect::<Result<_, _>>()?;
         r.end()?;
         Ok(Self {
+            acked_seen: (acked_epoch, acked_seen),
             promised,
             vote,
             begun,
@@ -212,6 +221,7 @@ mod tests {
                 head,
                 commit: (e(2), Seq(8)),
                 acked: (e(2), Seq(9)),
+                degraded: true,
                 signature: Signature([7; 64]),
             }),
             begun: Some((e(1), [5; 32])),
@@ -221,6 +231,7 @@ mod tests {
             floor: Some(head),
             forced: Some(e(3)),
             lineage: 6,
+            acked_seen: (e(2), vec![Seq(7), Seq(0)]),
             secret_hash: (e(2), Digest::from_bytes([8; 32])),
             ..Meta::default()
         };

@@ -101,7 +101,7 @@ impl Machine {
     #[must_use]
     pub fn status(&self, now: Millis) -> Status {
         let (commit, flushed_seq, degraded, uncommitted_bytes) = match &self.role {
-            RoleState::Owner(o) => (o.commit, o.flushed, o.degraded, o.uncommitted_bytes()),
+            RoleState::Owner(o) => (o.commit, o.flushed, o.degraded || o.reduced, o.uncommitted_bytes()),
             _ => (Seq::ZERO, self.meta.commit.1, false, 0),
         };
         let epoch = self.following.as_ref().map_or(self.epoch(), |f| f.start.epoch.max(self.epoch()));
@@ -140,7 +140,7 @@ impl Machine {
                 let missing = o.links.values().any(|l| l.admitted && (!l.streaming || l.acked < o.commit));
                 if gate != crate::api::Gate::Open || stalled {
                     Health::Stalled
-                } else if o.degraded || missing {
+                } else if o.degraded || o.reduced || missing {
                     Health::Degraded
                 } else {
                     Health::Ok

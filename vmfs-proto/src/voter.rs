@@ -1,6 +1,7 @@
 //! Promises and votes: what a member answers to a candidate (DESIGN.md section 7, point 2).
 
 use vmfs_common::election::{Proposal, Vote};
+use vmfs_common::header::FLAG_DEGRADED;
 use vmfs_common::identity::Signature;
 use vmfs_common::ids::{Epoch, Head, HostId, Seq};
 use vmfs_common::msg::{ImageMsg, Occasion, VoteRefusal};
@@ -70,7 +71,10 @@ impl Machine {
         }
         let nothing_vouched = self.meta.floor.is_some_and(|f| f.seq == Seq::ZERO);
         let admitted = self.elector(self.id.host).is_some_and(|m| m.store == self.id.store);
-        if !admitted || nothing_vouched {
+        // Named in the genesis, nothing received yet: the candidate checks that the list has our
+        // store, and by the headers' acknowledgements that we have not lost anything.
+        let empty = self.state.head().seq == Seq::ZERO && occasion != Occasion::Handover;
+        if (!admitted && !empty) || nothing_vouched {
             return Err(VoteRefusal::NotMember);
         }
         let epoch = self.epoch().max(self.following.as_ref().map_or(Epoch::default(), |f| f.start.epoch));
@@ -202,6 +206,7 @@ impl Machine {
             head: self.durable,
             commit: self.meta.commit,
             acked: self.meta.acked.max(seen.unwrap_or_default()),
+            degraded: self.state.tip.flags & FLAG_DEGRADED != 0,
             signature: Signature([0; 64]),
         }
         .signed(&self.id.key)

@@ -12,11 +12,16 @@ use crate::owner::Owner;
 
 /// What the acknowledgements add up to under one rule.
 struct Points {
-    /// Durable on a quorum.
+    /// Durable on a quorum, with the full number of data copies.
+    full: Seq,
+    /// As far as the rule lets commits go now: `full`, or more while degraded.
     commit: Seq,
     /// Flushes are answered up to here.
     flush: Seq,
-    degraded: bool,
+    /// Too few members can be expected to acknowledge, and the policy allows fewer copies.
+    wants_degrade: bool,
+    /// `acks = "all"`, but somebody is not waited for.
+    reduced: bool,
 }
 
 impl Owner {
@@ -29,29 +34,28 @@ impl Owner {
         let mut data: Vec<Seq> = list.data_members().map(|m| acked(m.host)).collect();
         headers.sort_by(|a, b| b.cmp(a));
         data.sort_by(|a, b| b.cmp(a));
+        let there = |h: HostId| h == me || (reachable(h) && (!self.degraded || acked(h) >= self.flushed));
         let here = |role: Option<MemberRole>| {
             let all = list.all().iter().filter(|m| role.is_none_or(|r| r == m.role));
-            all.filter(|m| m.host == me || reachable(m.host)).count()
+            all.filter(|m| there(m.host)).count()
         };
         let may_degrade = rule.policy.on_quorum_loss == OnQuorumLoss::Degrade;
-        let full = quorum_of(rule, false);
-        let least = quorum_of(rule, true);
-        let data_here = here(Some(MemberRole::Replica));
-        let degraded = may_degrade && (data_here < full.1 || (least.0 < full.0 && here(None) < full.0));
-        let (need_headers, need_data) = match degraded {
-            true => (least.0, full.1.min(data_here).max(least.1)),
-            false => full,
-        };
-        let commit = headers[need_headers - 1].min(data[need_data - 1]);
-        let everyone_here = here(None) == list.len();
+        let (need, least) = (quorum_of(rule, false), quorum_of(rule, true));
+        let (everybody, with_data) = (here(None), here(Some(MemberRole::Replica)));
+        let wants_degrade = may_degrade && (with_data < need.1 || (least.0 < need.0 && everybody < need.0));
+        let at = |headers_needed: usize, copies: usize| headers[headers_needed - 1].min(data[copies - 1]);
+        let full = at(need.0, need.1);
+        // Fewer copies count only above the mark that a majority of the members knows of.
+        let relaxed = if wants_degrade { at(least.0, need.1.min(with_data).max(least.1)) } else { Seq::ZERO };
+        let marked = self.mark.is_some_and(|mark| relaxed >= mark);
+        let commit = if marked { relaxed.max(full) } else { full };
+        let reduced = rule.policy.acks == Acks::All && may_degrade && everybody < list.len();
         let flush = match rule.policy.acks {
-            Acks::Majority => commit,
             Acks::Local => durable,
-            Acks::All if may_degrade && !everyone_here => commit,
-            Acks::All => headers.last().copied().unwrap_or_default().min(commit),
+            Acks::All if !reduced => headers.last().copied().unwrap_or_default().min(commit),
+            Acks::Majority | Acks::All => commit,
         };
-        let degraded = degraded || (rule.policy.acks == Acks::All && may_degrade && !everyone_here);
-        Points { commit, flush, degraded }
+        Points { full, commit, flush, wants_degrade, reduced }
     }
 }
 
@@ -139,12 +143,10 @@ impl Machine {
             let old = o.points(rule, me, durable, &reachable);
             points.commit = points.commit.min(old.commit);
             points.flush = points.flush.min(old.flush);
-            points.degraded |= old.degraded;
+            points.full = points.full.min(old.full);
+            points.wants_degrade |= old.wants_degrade;
         }
-        if points.degraded != o.degraded {
-            o.degraded = points.degraded;
-            out.push(Output::Report(if points.degraded { Event::Degraded } else { Event::Restored }));
-        }
+        o.reduced = points.reduced;
         let advanced = points.commit > o.commit && points.commit >= o.start.seq;
         if advanced {
             o.commit = points.commit;
@@ -168,8 +170,30 @@ impl Machine {
             let f = self.flushes.pop_front().expect("invariant: just looked at");
             out.push(Output::FlushDone { token: f.token, result: Ok(()) });
         }
+        self.advance_degraded(env, points.wants_degrade, points.full, out);
         self.advance_change(env, out);
         self.advance_draining(env, out);
+    }
+
+    /// Enters the degraded state with a mark in the chain, and leaves it when everything that was
+    /// acknowledged in it has its full number of copies.
+    fn advance_degraded(&mut self, env: &mut Env<'_>, wanted: bool, full: Seq, out: &mut Vec<Output>) {
+        let RoleState::Owner(o) = &mut self.role else { return };
+        if wanted && o.mark.is_none() {
+            o.degraded = true;
+            o.chain.set_degraded(true);
+            out.push(Output::Report(Event::Degraded));
+            let mark = self.append_own(env, None, out);
+            if let RoleState::Owner(o) = &mut self.role {
+                o.mark = Some(mark);
+            }
+            self.sync_round(env, out);
+        } else if !wanted && o.degraded && full >= o.flushed.max(o.start.seq) {
+            o.degraded = false;
+            o.mark = None;
+            o.chain.set_degraded(false);
+            out.push(Output::Report(Event::Restored));
+        }
     }
 
     /// The `EpochStart` is durable on a quorum.

@@ -80,7 +80,13 @@ pub(crate) struct Owner {
     lease_from: Millis,
     lease_check_at: Millis,
     frozen: bool,
+    /// Updates are flagged: flushes may have been acknowledged with fewer data copies.
     pub(crate) degraded: bool,
+    /// The first flagged update of this epoch: acknowledgements with fewer copies need it on a
+    /// majority of the members.
+    mark: Option<Seq>,
+    /// See `Points::reduced`.
+    pub(crate) reduced: bool,
     last_append: Millis,
     unsealed_since: Option<Millis>,
     /// Bytes at the last round of syncs.
@@ -229,6 +235,7 @@ impl Machine {
         let before = self.previous_rule().map(|r| r.members.all().to_vec()).unwrap_or_default();
         let others = before.iter().chain(members.all()).filter(|m| m.host != self.id.host);
         let links = others.map(|m| (m.host, Link::new(m, true))).collect();
+        let degraded = chain.is_degraded();
         let mut owner = Owner {
             chain,
             start: update.head(),
@@ -245,7 +252,9 @@ impl Machine {
             lease_from: env.now,
             lease_check_at: env.now.plus(self.timing.lease_ms / 4),
             frozen: false,
-            degraded: false,
+            degraded,
+            mark: degraded.then_some(update.header.seq),
+            reduced: false,
             last_append: env.now,
             unsealed_since: None,
             synced_bytes: 0,

@@ -66,7 +66,8 @@ impl Machine {
         let Some(link) = o.links.get_mut(&host) else { return };
         link.offer_at = None;
         link.streaming = false;
-        if !self.connected.contains(&host) {
+        // An image whose genesis may still vanish with a power cut is nobody else's business yet.
+        if !self.connected.contains(&host) || self.durable.seq == Seq::ZERO {
             return;
         }
         let certificate = o.certificate.to_vec();

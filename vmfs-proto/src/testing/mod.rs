@@ -421,7 +421,7 @@ impl Cluster {
         match packet {
             Packet::Msg(msg) => {
                 if self.nodes[to].machine.is_none()
-                    && let ImageMsg::Offer { role, .. } = &*msg
+                    && let ImageMsg::Offer { role, .. } | ImageMsg::Propose { role, .. } = &*msg
                 {
                     let (id, timing, image, role) =
                         (self.nodes[to].id.clone(), self.timing.clone(), self.image, *role);

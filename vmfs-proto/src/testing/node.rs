@@ -173,10 +173,14 @@ impl Node {
         self.early.clear();
     }
 
-    pub(super) fn recover(&mut self, _image: ImageId) -> Option<(ImageState, Option<Vec<u8>>)> {
+    pub(super) fn recover(&mut self, image: ImageId) -> Option<(ImageState, Option<Vec<u8>>)> {
         // Recovery syncs before it reports a head.
         self.synced = self.log.len();
-        self.log.last().map(|(_, state)| (state.clone(), self.meta.clone()))
+        let state = self.log.last().map(|(_, state)| state.clone());
+        match (state, &self.meta) {
+            (None, None) => None,
+            (state, meta) => Some((state.unwrap_or_else(|| ImageState::new(image)), meta.clone())),
+        }
     }
 
     pub(super) fn deadline(&self) -> Option<Millis> {
