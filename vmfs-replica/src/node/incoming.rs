@@ -109,7 +109,8 @@ async fn read_stream(
 fn on_message(node: &Arc<NodeInner>, from: HostId, id: ImageId, message: ImageMsg) {
     let image = match (node.image(id), &message) {
         (Some(image), _) => image,
-        (None, ImageMsg::Offer { role, .. }) => match node.take_offer(id, *role) {
+        // A member named in the genesis may be asked for its vote before it has received anything.
+        (None, ImageMsg::Offer { role, .. } | ImageMsg::Propose { role, .. }) => match node.take_offer(id, *role) {
             Ok(image) => image,
             Err(e) => {
                 tracing::warn!(image = %id, "cannot keep a copy: {e}");
