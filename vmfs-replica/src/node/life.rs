@@ -9,7 +9,7 @@ use vmfs_common::msg;
 use vmfs_common::policy::{Member, MemberRole};
 use vmfs_common::{HostId, ImageId, Millis, StoreId};
 use vmfs_net::NetEvent;
-use vmfs_proto::Input;
+use vmfs_proto::{Input, OpError};
 
 use super::NodeInner;
 use super::image::{Image, Pending};
@@ -61,7 +61,6 @@ impl NodeInner {
                     self.contacts.write().entry(host).or_default().heard = Some(self.now());
                     self.sessions.write().insert(host, (session, store));
                     self.images().iter().for_each(|i| i.input(Input::PeerUp { host }));
-                    self.images().iter().for_each(|i| i.add_missing(&self, host));
                 }
                 NetEvent::PeerDown { host, session } => {
                     tracing::info!(peer = self.host_name(host), "disconnected");
@@ -116,6 +115,7 @@ impl NodeInner {
                 }
                 if slow {
                     image.slow_tick();
+                    image.add_missing(&self);
                 }
             }
         }
@@ -199,20 +199,30 @@ impl Image {
         status.members.iter().any(|m| m.host == host && !m.admitted)
     }
 
-    /// Adds a member that the policy had named when the image was made and that was unknown then.
-    fn add_missing(self: &Arc<Self>, node: &Arc<NodeInner>, host: HostId) {
-        let mut missing = self.missing.lock();
-        if !missing.contains(&host) {
+    /// Adds the members that the policy had named when the image was made and whose stores were unknown
+    /// then: one at a time, tried until it works.
+    fn add_missing(self: &Arc<Self>, node: &Arc<NodeInner>) {
+        let Some(host) = self.missing.lock().iter().copied().find(|h| node.session(*h).is_some()) else {
             return;
-        }
-        missing.retain(|h| *h != host);
-        drop(missing);
+        };
         let entry = node.network().directory().get(host);
-        if let (Some(entry), Some(store)) = (entry, node.known_store(host)) {
-            let member = Member { host, store, key: entry.public_key, role: MemberRole::Replica };
-            let (answer, _) = tokio::sync::oneshot::channel();
-            let token = self.token(Pending::Operator(answer));
-            self.input(Input::AddMember { member, token });
-        }
+        let (Some(entry), Some(store)) = (entry, node.known_store(host)) else { return };
+        // Off the list while it is tried, so that it is tried once at a time.
+        self.missing.lock().retain(|h| *h != host);
+        let member = Member { host, store, key: entry.public_key, role: MemberRole::Replica };
+        let (answer, answered) = tokio::sync::oneshot::channel();
+        let token = self.token(Pending::Operator(answer));
+        self.input(Input::AddMember { member, token });
+        let (image, name) = (self.clone(), entry.name);
+        node.spawn(async move {
+            match answered.await {
+                Ok(Ok(_) | Err(OpError::AlreadyMember)) | Err(_) => {}
+                Ok(Err(OpError::NotOwner)) => {}
+                Ok(Err(e)) => {
+                    tracing::debug!(image = %image.id.short(), "{name} cannot be added yet: {e}");
+                    image.missing.lock().push(host);
+                }
+            }
+        });
     }
 }
