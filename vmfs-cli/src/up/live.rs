@@ -43,6 +43,7 @@ pub(super) fn announce(cluster: &Cluster, ending: Ending<'_>) -> String {
     let mut hints = vec![
         format!("alias vmfs={vmfs}"),
         format!("qemu-img create -f qcow2 {dir}/{}/mnt/disk.qcow2 10G", first.name),
+        format!("vmfs --socket {dir}/{}/vmfs.sock wait disk.qcow2 --in-sync", first.name),
         format!("vmfs --socket {dir}/{}/vmfs.sock status", second.name),
     ];
     if cluster.hosts().len() > 1 {
