@@ -153,7 +153,7 @@ impl ImageStore {
         tail.log_bytes += bytes;
         tail.bytes_since_checkpoint += bytes;
         if self.kind == MemberRole::Replica {
-            self.change_map(&update.header, no, page, &crcs)?;
+            self.change_map(&update.header, no, page, &crcs);
         }
         tail.crcs = crcs;
         Arc::make_mut(&mut tail.state).apply(update);
@@ -168,16 +168,33 @@ impl ImageStore {
         no: u32,
         page: u32,
         crcs: &[u32],
-    ) -> Result<(), StoreError> {
+    ) {
         let mut entries = [Entry::UNSET; RECORD_BLOCKS_MAX];
         let change = map_change(header, no, page, crcs, &mut entries);
         // The old entries are looked up outside of the map's lock: it may read map pages, which the
         // next checkpoint needs anyway.
-        let gone = match &change {
-            MapChange::None => return Ok(()),
+        let gone = self.data_replaced_by(&change).unwrap_or_else(|e| {
+            // The update is in the log already; a damaged map page is the next checkpoint's trouble.
+            tracing::warn!(image = %self.id, error = %e, "cannot count the blocks replaced");
+            0
+        });
+        let mut map = self.map.write();
+        let map = &mut *map;
+        map.allocated += crcs.len() as u64;
+        map.allocated = map.allocated.saturating_sub(gone);
+        let before = map.content.overlay.bytes();
+        apply_change(&mut map.content.overlay, &change, &entries);
+        let more = map.content.overlay.bytes().saturating_sub(before);
+        self.shared.dirty_map_bytes.fetch_add(more as u64, Ordering::Relaxed);
+    }
+
+    /// Blocks with data that a change replaces.
+    fn data_replaced_by(&self, change: &MapChange) -> Result<u64, StoreError> {
+        match change {
+            MapChange::None => Ok(0),
             MapChange::Range { range, .. } => {
                 let content = self.map.read().content.clone();
-                content.count_data(&self.shared, range.clone())?
+                content.count_data(&self.shared, range.clone())
             }
             MapChange::Blocks { start, count } => {
                 let mut old = [Entry::UNSET; RECORD_BLOCKS_MAX];
@@ -188,18 +205,9 @@ impl ImageStore {
                     Arc::clone(&map.content.base)
                 };
                 base.fill(&self.shared, *start, old)?;
-                old.iter().filter(|e| e.is_data()).count() as u64
+                Ok(old.iter().filter(|e| e.is_data()).count() as u64)
             }
-        };
-        let mut map = self.map.write();
-        let map = &mut *map;
-        map.allocated += crcs.len() as u64;
-        map.allocated = map.allocated.saturating_sub(gone);
-        let before = map.content.overlay.bytes();
-        apply_change(&mut map.content.overlay, &change, &entries);
-        let more = map.content.overlay.bytes().saturating_sub(before);
-        self.shared.dirty_map_bytes.fetch_add(more as u64, Ordering::Relaxed);
-        Ok(())
+        }
     }
 
     /// Ends the current segment and begins the next, which has room for `pages`.
@@ -328,7 +336,7 @@ impl ImageStore {
     }
 
     /// Leaves a lasting sign that a sync has failed: the page cache can no longer be believed.
-    fn leave_mark(&self) {
+    pub(crate) fn leave_mark(&self) {
         let name = mark_name(self.id);
         let left = self.shared.disk.open(&name, true).and_then(|_| self.shared.disk.sync_names("mark"));
         if let Err(e) = left {

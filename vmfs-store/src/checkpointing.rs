@@ -232,13 +232,17 @@ impl ImageStore {
             state: Arc::clone(&c.moment.state),
         };
         let file = self.shared.files.map(self.id)?;
-        let what = || format!("syncing the map of image {}", self.id);
+        let sync = || {
+            let synced = file.sync().during(|| format!("syncing the map of image {}", self.id));
+            synced.inspect_err(|_| self.leave_mark())
+        };
         let at = write_body(&self.shared, self.id, &*file, free, &body)?;
-        file.sync().during(what)?;
+        // Pages of an import may be lost with it, so even this failure is not survived.
+        self.or_latch(sync())?;
         for victim in victims {
             let number = ck.number() + 1;
             let written = write_super(self.shared.store, self.id, &*file, victim, number, &at)
-                .and_then(|()| file.sync().during(what));
+                .and_then(|()| sync());
             self.or_latch(written)?;
             ck.slots[victim] = Some(Slot {
                 number,

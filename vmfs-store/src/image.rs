@@ -236,7 +236,12 @@ impl ImageStore {
         if let Some(head) = self.state().known_head_at(seq) {
             return Ok(Some(head));
         }
-        Ok(self.update_at(seq)?.map(|u| u.head()))
+        if let Some(update) = self.update_at(seq)? {
+            return Ok(Some(update.head()));
+        }
+        // The one before the log's first: if another epoch began after it, the state would know.
+        let next = self.update_at(seq.next())?.map(|u| u.header);
+        Ok(next.map(|h| Head { epoch: h.epoch, seq, digest: h.parent }))
     }
     fn log_snapshot(&self) -> (Arc<Vec<crate::log::ChainSegment>>, Seq, Seq) {
         let tail = self.tail.lock();

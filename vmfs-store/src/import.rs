@@ -84,6 +84,7 @@ impl Import {
     /// [`StoreError::DigestMismatch`], [`StoreError::Full`], or the disk's.
     pub fn write(&self, start: BlockIndex, digests: &[Digest], payload: &[u8]) -> Result<(), StoreError> {
         self.image.check_data()?;
+        self.image.check_latch()?;
         let stored = digests.iter().filter(|d| !d.is_zero());
         if !payload.len().is_multiple_of(BLOCK_BYTES)
             || start.0.checked_add(digests.len() as u64).is_none_or(|end| end > BLOCKS_MAX)
@@ -334,6 +335,10 @@ impl Drop for Import {
     fn drop(&mut self) {
         self.image.importing.store(false, Ordering::Release);
         if self.finished {
+            return;
+        }
+        if self.image.latch.get().is_some() {
+            // What is on the disk is not known: nothing may be used again before the next recovery.
             return;
         }
         let inner = self.inner.get_mut();

@@ -156,12 +156,16 @@ impl Meta {
                 }
             }
         }
-        // What was in the page cache only must not be forgotten later.
-        file.sync().during(what)?;
         let journal = Journal { file, end: good_end, next_group: expected.unwrap_or(1) };
+        let all: Vec<Change> = values.iter().map(|(k, v)| (*k, Some(Value::clone(v)))).collect();
         let inner =
             Inner { values, queue: Vec::new(), queued_no: 0, done_no: 0, running: false, failed: false };
-        Ok(Self { inner: Mutex::new(inner), done: Condvar::new(), journal: Mutex::new(journal) })
+        let this = Self { inner: Mutex::new(inner), done: Condvar::new(), journal: Mutex::new(journal) };
+        if end > 0 {
+            // What was read may be in the page cache alone, and a sync may have failed on it.
+            this.rewrite(shared, &all)?;
+        }
+        Ok(this)
     }
 
     pub(crate) fn get(&self, key: ImageId) -> Option<Value> {

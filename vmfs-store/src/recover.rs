@@ -8,7 +8,7 @@ use vmfs_common::policy::MemberRole;
 use vmfs_common::{Head, ImageId, Seq};
 
 use crate::append::mark_name;
-use crate::checkpoint::{Body, Found, SegmentRow, read_slot};
+use crate::checkpoint::{Body, Found, SegmentRow, read_slot, write_super};
 use crate::checkpointing::{Checkpoints, Slot};
 use crate::error::{IoContext as _, StoreError};
 use crate::fork::Fork;
@@ -51,10 +51,16 @@ impl Loaded {
         let found = self.slots.iter().flatten().max_by_key(|f| f.number);
         found.expect("invariant: read has checked that there is one")
     }
-    /// Segments that either checkpoint lists, by number, with their generations.
-    pub(crate) fn listed(&self) -> impl Iterator<Item = &SegmentRow> {
-        let bodies = self.slots.iter().flatten().map(|f| &f.body);
-        bodies.flat_map(|b| b.segments.iter().chain(b.forks.iter().flat_map(|f| &f.chain)))
+    /// Makes sure that the superblocks read are the ones on the disk: after a failed sync they may
+    /// be in the page cache alone. What they refer to was synced before.
+    fn rewrite_superblocks(&self, shared: &Shared) -> Result<(), StoreError> {
+        let file = shared.files.map(self.image)?;
+        for (i, found) in self.slots.iter().enumerate() {
+            if let Some(f) = found {
+                write_super(shared.store, self.image, &*file, i, f.number, &f.at)?;
+            }
+        }
+        file.sync().during(|| format!("syncing the map of image {}", self.image))
     }
     /// Numbers of the segments that the newest checkpoint lists.
     pub(crate) fn in_use(&self) -> BTreeSet<u32> {
@@ -132,12 +138,13 @@ pub(crate) fn recover(
         tale: &tale,
     };
     let image = rebuilt.assemble(&loaded)?;
+    unused.retain(|(no, _)| !image.map.read().content.segments.contains_key(no));
     if marked(shared, image.id)? {
+        loaded.rewrite_superblocks(shared)?;
         image.rewrite_tail(newest.body.state.head(), &newest.body)?;
     } else if torn {
         image.cut_now()?;
     }
-    unused.retain(|(no, _)| !image.map.read().content.segments.contains_key(no));
     Ok(Recovered { image, unused })
 }
 
@@ -404,7 +411,7 @@ impl Rebuild<'_> {
         *image.forks.lock() = forks;
         if body.kind == MemberRole::Replica {
             for (seg, record, update) in &tale.updates {
-                image.change_map(&update.header, seg.no, record.payload_page, &record.crcs)?;
+                image.change_map(&update.header, seg.no, record.payload_page, &record.crcs);
             }
         }
         Ok(Arc::new(image))
@@ -454,7 +461,9 @@ impl ImageStore {
             tail.state = Arc::clone(&body.state);
             tail.shadow = true;
             tail.end = None;
-            self.map.write().content.overlay = Overlay::default();
+            let mut map = self.map.write();
+            map.content.overlay = Overlay::default();
+            map.allocated = map.content.base.allocated;
         }
         if old_head != checkpoint {
             walk(&self.shared, &old_chain, checkpoint.seq.next(), old_head.seq, |seg, record, update| {

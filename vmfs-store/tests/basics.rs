@@ -28,14 +28,14 @@ impl Rig {
         let (maker, genesis) = Maker::genesis(IMAGE);
         append(&image, &genesis, &[]).unwrap();
         let mut model = Model::new();
-        model.push(&genesis, |_| {});
+        model.push(&genesis, &[], |_| {});
         Self { disk, store, image, maker, model }
     }
     fn write(&mut self, start: u64, fills: &[u64]) {
         let data: Vec<u8> = fills.iter().zip(start..).flat_map(|(f, i)| block(i, *f)).collect();
         let (u, payload) = self.maker.write(start, &data, Seq::ZERO);
         append(&self.image, &u, &payload).unwrap();
-        self.model.push(&u, |m| m[start as usize..start as usize + fills.len()].copy_from_slice(fills));
+        self.model.push(&u, &payload, |m| m[start as usize..start as usize + fills.len()].copy_from_slice(fills));
     }
     fn reopen(&mut self, disk: SimDisk) {
         self.disk = disk;

@@ -147,13 +147,19 @@ pub const BLOCKS: u64 = 700;
 pub struct Model {
     /// One entry per update, from the state before any: head and fills.
     pub history: Vec<(Head, Vec<u64>, ImageState)>,
+    /// The update that led to each, and its payload.
+    pub updates: Vec<Option<(Update, Vec<u8>)>>,
 }
 
 impl Model {
     pub fn new() -> Self {
-        Self { history: vec![(Head::default(), vec![0; BLOCKS as usize], ImageState::new(IMAGE))] }
+        Self {
+            history: vec![(Head::default(), vec![0; BLOCKS as usize], ImageState::new(IMAGE))],
+            updates: vec![None],
+        }
     }
-    pub fn push(&mut self, update: &Update, change: impl FnOnce(&mut Vec<u64>)) {
+    pub fn push(&mut self, update: &Update, payload: &[u8], change: impl FnOnce(&mut Vec<u64>)) {
+        self.updates.push(Some((update.clone(), payload.to_vec())));
         let (_, fills, state) = self.history.last().unwrap();
         let (mut fills, mut state) = (fills.clone(), state.clone());
         change(&mut fills);
@@ -162,6 +168,11 @@ impl Model {
     }
     pub fn head(&self) -> Head {
         self.history.last().unwrap().0
+    }
+    /// Forgets everything after the state number `at`.
+    pub fn truncate(&mut self, at: usize) {
+        self.history.truncate(at + 1);
+        self.updates.truncate(at + 1);
     }
     /// The state with this head.
     pub fn at(&self, head: Head) -> Option<usize> {
@@ -174,7 +185,18 @@ impl Model {
         assert_eq!(*image.state(), *state, "state at {}", head.seq);
         let view = image.view();
         let mut buf = vec![0u8; BLOCKS as usize * BLOCK_BYTES];
-        image.read(BlockIndex(0), &mut buf).unwrap();
+        if let Err(e) = image.read(BlockIndex(0), &mut buf) {
+            let bad = match e {
+                StoreError::BadBlock { index } => index.0,
+                e => panic!("{e}"),
+            };
+            for (u, p) in self.updates.iter().flatten() {
+                if (u.header.start.0..u.header.start.0 + u.header.count.0).contains(&bad) {
+                    println!("block {bad} was written by {} ({} payload)", u.header.seq, p.len());
+                }
+            }
+            panic!("{e} at {} log {}", head.seq, image.log_start());
+        }
         let mut again = vec![0u8; buf.len()];
         view.read(BlockIndex(0), &mut again).unwrap();
         assert!(buf == again);
@@ -196,9 +218,20 @@ impl Model {
             at = hole.0;
         }
         assert_eq!(seen, data);
-        for seq in image.log_start().0..=head.seq.0 {
-            let u = image.update_at(Seq(seq)).unwrap().expect("in the log");
-            assert_eq!(u.head(), self.history.iter().rev().find(|h| h.0 == u.head()).unwrap().0);
+        let mut next = image.log_start();
+        while next <= head.seq {
+            let entries = image.read_log(next, 100_000).unwrap();
+            assert!(!entries.is_empty());
+            for e in entries {
+                let at = self.history.iter().position(|h| h.0.seq == next).expect("in the model");
+                let (update, payload) = self.updates[at].as_ref().expect("in the model");
+                assert_eq!(e.update, *update);
+                assert!(e.payload == *payload, "payload of {next}");
+                next = next.next();
+            }
+        }
+        if image.log_start() <= head.seq {
+            assert_eq!(image.update_at(image.log_start()).unwrap().unwrap().header.seq, image.log_start());
         }
     }
 }
