@@ -168,6 +168,12 @@ fn walk_chain(image: &Image, progress: &Progress) -> Walk {
     for seq in from.0..=head.0 {
         let update = match image.update_at(Seq(seq)) {
             Ok(Some(u)) => u,
+            // Given back while we walked: what is left begins later.
+            Ok(None) if Seq(seq) < image.log_start() => {
+                (before, walk.updates) = (None, 0);
+                epoch.clear();
+                continue;
+            }
             Ok(None) => {
                 walk.problems.push(format!("update {seq} is missing from the log"));
                 return walk;

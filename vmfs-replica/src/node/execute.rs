@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use vmfs_common::msg::{HEADERS_MAX, HEADERS_MAX_BYTES, ImageMsg};
 use vmfs_common::{Head, HostId, Seq};
@@ -18,6 +19,8 @@ use super::sync::Puller;
 
 /// For how long the operator's `fail` answers waiting requests with an error, in milliseconds.
 const FAILING_MS: u64 = 1000;
+/// Shortest time between two new starts of the streams with one peer.
+const BOUNCE_PAUSE: Duration = Duration::from_secs(1);
 
 impl Image {
     /// Carries out `outputs` in order, and whatever follows from them.
@@ -263,16 +266,30 @@ impl Image {
         }
     }
 
-    /// Tells the machine that a peer went and came, unless that was just done.
+    /// Tells the machine that a peer went and came: both ends state anew where they are. At most once
+    /// a second for each peer, so that two ends do not keep each other busy; what is asked for sooner is
+    /// done when the second is over.
     pub(super) fn bounce(self: &Arc<Self>, peer: HostId) {
-        let now = std::time::Instant::now();
+        let now = Instant::now();
         let mut bounced = self.bounced.lock();
-        if bounced.get(&peer).is_some_and(|at| now.duration_since(*at).as_millis() < 1000) {
+        let wait = match bounced.get(&peer) {
+            Some((_, true)) => return,
+            Some((at, false)) => BOUNCE_PAUSE.saturating_sub(now.duration_since(*at)),
+            None => Duration::ZERO,
+        };
+        bounced.insert(peer, (now, !wait.is_zero()));
+        drop(bounced);
+        if wait.is_zero() {
+            self.restate(peer);
             return;
         }
-        bounced.insert(peer, now);
-        drop(bounced);
-        self.restate(peer);
+        let image = self.clone();
+        self.node().spawn(async move {
+            tokio::time::sleep(wait).await;
+            image.bounced.lock().insert(peer, (Instant::now(), false));
+            // The other end may have brought a new stream meanwhile; stating it all again is harmless.
+            image.restate(peer);
+        });
     }
 
     fn restate(self: &Arc<Self>, peer: HostId) {

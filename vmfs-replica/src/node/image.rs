@@ -63,8 +63,8 @@ pub struct Image {
     pub(super) failing_until: AtomicU64,
     /// The newest meta record not yet written, and whether a writer is at work.
     pub(super) meta: Mutex<MetaSlot>,
-    /// When streams with a peer were last started over.
-    pub(super) bounced: Mutex<BTreeMap<HostId, std::time::Instant>>,
+    /// When streams with a peer were last started over, and whether that is to be done again.
+    pub(super) bounced: Mutex<BTreeMap<HostId, (std::time::Instant, bool)>>,
     /// Hosts the policy names whose store is not known yet: added when they are first met.
     pub(super) missing: Mutex<Vec<HostId>>,
     pub(super) pulled_blocks: AtomicU64,

@@ -110,13 +110,15 @@ fn on_message(node: &Arc<NodeInner>, from: HostId, id: ImageId, message: ImageMs
     let image = match (node.image(id), &message) {
         (Some(image), _) => image,
         // A member named in the genesis may be asked for its vote before it has received anything.
-        (None, ImageMsg::Offer { role, .. } | ImageMsg::Propose { role, .. }) => match node.take_offer(id, *role) {
-            Ok(image) => image,
-            Err(e) => {
-                tracing::warn!(image = %id, "cannot keep a copy: {e}");
-                return;
+        (None, ImageMsg::Offer { role, .. } | ImageMsg::Propose { role, .. }) => {
+            match node.take_offer(id, *role) {
+                Ok(image) => image,
+                Err(e) => {
+                    tracing::warn!(image = %id, "cannot keep a copy: {e}");
+                    return;
+                }
             }
-        },
+        }
         (None, _) => return,
     };
     image.input(Input::Msg { from, msg: Box::new(message) });

@@ -163,6 +163,8 @@ impl Line {
     }
 
     async fn run(&self, image: &Arc<Image>, mut stream: StreamSender) -> Result<(), NetError> {
+        // A stream nothing was sent on does not exist yet, so it cannot have been closed either.
+        let mut is_open = false;
         loop {
             match self.next_work(image.head_seq()) {
                 Work::Closed => return Ok(()),
@@ -171,10 +173,12 @@ impl Line {
                 Work::Idle => {
                     tokio::select! {
                         () = self.notify.notified() => {}
-                        () = stream.closed() => return Err(NetError::Broken),
+                        () = stream.closed(), if is_open => return Err(NetError::Broken),
                     }
+                    continue;
                 }
             }
+            is_open = true;
         }
     }
 
