@@ -46,6 +46,7 @@ impl Machine {
     /// With a quorum of votes: adopt the highest head, or say what is in the way.
     pub(crate) fn try_adopt(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let everybody = self.all_answered();
+        let previous = self.previous_rule().map(|r| r.members.clone());
         let RoleState::Candidate(c) = &mut self.role else { return };
         if !matches!(c.stage, Stage::Collecting) || c.forcing {
             return;
@@ -53,8 +54,7 @@ impl Machine {
         let voted = |list: &vmfs_common::policy::MemberList| {
             list.all().iter().filter(|m| c.votes.contains_key(&m.host)).count() >= list.quorum()
         };
-        let previous = self.meta.previous.as_ref().map(|r| &r.members).filter(|l| **l != self.state.members);
-        if !voted(&self.state.members) || !previous.is_none_or(voted) {
+        if !voted(&self.state.members) || !previous.as_ref().is_none_or(voted) {
             if c.force && everybody {
                 self.give_up(env, out);
             }
@@ -152,6 +152,9 @@ impl Machine {
         upto: Head,
         out: &mut Vec<Output>,
     ) {
+        if self.walk_failed(env, from, upto, out) {
+            return;
+        }
         let wanted = self.fetch_source() == Some(from);
         let RoleState::Candidate(c) = &self.role else { return };
         let voted = c.votes.get(&from).is_some_and(|v| v.head == upto);
@@ -188,6 +191,9 @@ impl Machine {
         upto: Head,
         out: &mut Vec<Output>,
     ) {
+        if self.walk_headers(env, from, parent, headers, upto, out) {
+            return;
+        }
         let known = parent == Head::default()
             || parent == self.state.head()
             || (env.history)(parent.seq) == Some(parent);

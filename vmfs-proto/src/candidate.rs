@@ -269,8 +269,9 @@ impl Machine {
             return;
         }
         if amnesia {
-            c.answers.insert(from, Answer::Amnesia);
-            out.push(Output::Report(Event::Amnesia { host: from }));
+            if c.answers.insert(from, Answer::Amnesia) != Some(Answer::Amnesia) {
+                out.push(Output::Report(Event::Amnesia { host: from }));
+            }
             return;
         }
         c.answers.insert(from, Answer::Voted);
@@ -291,8 +292,8 @@ impl Machine {
     /// of it, has lost data: its vote would let a committed update vanish.
     fn has_amnesia(&self, member: &Member, vote: &Vote) -> bool {
         let at = self.state.members.all().iter().position(|m| m.host == member.host);
-        let seen = at.and_then(|i| self.acked_seen.1.get(i)).filter(|s| **s > Seq::ZERO);
-        !vote.counts() || seen.is_some_and(|s| vote.head.rank() < (self.acked_seen.0, *s))
+        let seen = at.and_then(|i| self.meta.acked_seen.of(i, self.state.config_seq));
+        !vote.counts() || seen.is_some_and(|rank| vote.head.rank() < rank)
     }
 
     pub(crate) fn on_vote_refused(

@@ -13,7 +13,7 @@ use vmfs_common::state::ImageState;
 use crate::api::{Env, Event, FlushError, Output, Take};
 use crate::lineage::is_prefix_of;
 use crate::machine::{Machine, RoleState, send};
-use crate::meta::Rule;
+use crate::meta::{AckedSeen, Rule};
 
 impl Machine {
     /// Judges an update frame. The payload has been checked against the digests before (see
@@ -225,11 +225,7 @@ impl Machine {
     /// Makes `update` the head: the state, and what is remembered beside it.
     pub(crate) fn apply(&mut self, env: &Env<'_>, update: &Update, out: &mut Vec<Output>) {
         let h = &update.header;
-        let before = match &h.op {
-            Op::Members(list) => Some(self.rule()).filter(|r| r.is_weakened_by(list, self.state.policy)),
-            Op::Policy(p) => Some(self.rule()).filter(|r| r.is_weakened_by(&self.state.members, *p)),
-            _ => None,
-        };
+        let before = matches!(h.op, Op::Members(_) | Op::Policy(_)).then(|| self.rule());
         self.state.apply(update);
         if h.commit > Seq::ZERO {
             self.note_commit(env, h.epoch, h.commit);
@@ -241,11 +237,9 @@ impl Machine {
             }
             self.persist_later(env.now);
         }
-        if h.acked.len() == self.state.members.len() && !matches!(h.op, Op::Members(_)) {
-            self.acked_seen.0 = h.epoch;
-            self.acked_seen.1.clone_from(&h.acked);
-        } else {
-            self.acked_seen.1.clear();
+        if h.acked.len() == self.state.members.len() {
+            self.meta.acked_seen.at = (h.epoch, h.seq);
+            self.meta.acked_seen.acked.clone_from(&h.acked);
         }
         if let Some(mut rule) = before {
             rule.changed_at = h.seq;
@@ -273,11 +267,9 @@ impl Machine {
         }
     }
 
-    /// The rule before a change that may not be committed: it still counts.
+    /// The rule before a weakening that may not be committed: it still counts.
     pub(crate) fn previous_rule(&self) -> Option<&Rule> {
-        let rule = self.meta.previous.as_ref()?;
-        let same = rule.members == self.state.members && rule.policy == self.state.policy;
-        (!same).then_some(rule)
+        self.meta.previous.as_ref().filter(|r| r.is_weakened_by(&self.state.members, self.state.policy))
     }
 
     /// A member under the list at the head, or under the one before a change that may not be
@@ -294,7 +286,7 @@ impl Machine {
         self.state = state;
         self.durable = to;
         self.sync.stale = self.sync.in_flight;
-        self.acked_seen.1.clear();
+        self.meta.acked_seen = AckedSeen::default();
         self.meta.lineage += 1;
         self.meta.acked = self.meta.acked.min(to.rank());
         self.meta.commit = self.meta.commit.min(to.rank());

@@ -101,19 +101,31 @@ impl Machine {
                 }
             }
         };
-        if !matches!(self.role, RoleState::Follower) {
-            if !certified {
-                // Only a certified epoch deposes.
-                self.refuse(env, from, None, Refusal::BadCertificate, out);
-                return;
-            }
-            self.become_follower(env, Some(start.epoch), out);
+        let offered = Following { host: from, start, parent, certified };
+        if certified || self.state.head().seq == Seq::ZERO {
+            self.follow(env, offered, out);
+        } else {
+            self.start_walk(offered, out);
         }
-        self.following = Some(Following { host: from, start, parent, certified });
+    }
+
+    /// Takes up an owner: whatever this host was to the image is over.
+    pub(crate) fn follow(&mut self, env: &mut Env<'_>, offered: Following, out: &mut Vec<Output>) {
+        let epoch = offered.start.epoch;
+        if epoch < self.epoch().max(self.promised()) {
+            // Promised away while the certificate was being checked.
+            self.refuse(env, epoch.host, None, Refusal::Promised, out);
+            return;
+        }
+        if !matches!(self.role, RoleState::Follower) {
+            self.become_follower(env, Some(epoch), out);
+        }
+        self.walk = None;
+        self.following = Some(offered);
         self.owner_heard_ns = env.time_ns;
         self.ack_due = None;
         self.send_join(out);
-        self.handover_taken(start.epoch, out);
+        self.handover_taken(epoch, out);
     }
 
     /// The parent of the offered `EpochStart`, and whether its certificate holds under a member list
@@ -196,7 +208,7 @@ impl Machine {
         self.state = state;
         self.durable = after;
         self.sync.stale = self.sync.in_flight;
-        self.acked_seen.1.clear();
+        self.meta.acked_seen = crate::meta::AckedSeen::default();
         self.meta.floor = None;
         self.meta.previous = None;
         self.meta.acked = self.meta.acked.min(after.rank());

@@ -18,6 +18,7 @@
 mod adopt;
 pub mod api;
 mod candidate;
+mod certify;
 mod copy;
 mod follower;
 mod lineage;

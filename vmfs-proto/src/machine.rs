@@ -14,6 +14,7 @@ use vmfs_common::state::ImageState;
 
 use crate::api::{Env, FlushError, Gate, Identity, Input, OpError, Output, Refused, Timing, Token, Wait};
 use crate::candidate::Candidate;
+use crate::certify::Walk;
 use crate::follower::{BlockSync, Following};
 use crate::meta::Meta;
 use crate::owner::Owner;
@@ -70,6 +71,11 @@ pub struct Machine {
     pub(crate) booted: Millis,
     pub(crate) role: RoleState,
     pub(crate) following: Option<Following>,
+    /// An offer whose certificate is being checked along its chain.
+    pub(crate) walk: Option<Walk>,
+    /// Refusals by promise do not make this owner bid again before, while it has a quorum.
+    pub(crate) rebid_after: Millis,
+    pub(crate) rebids: u32,
     pub(crate) promise: Option<Promise>,
     pub(crate) sync: SyncState,
     /// The owner waits for acknowledgements: of the lowest and the highest of these.
@@ -79,8 +85,6 @@ pub struct Machine {
     pub(crate) flushes: VecDeque<Waiting>,
     pub(crate) handover: Option<HandoverOp>,
     pub(crate) block_sync: BlockSync,
-    /// The members' acknowledgements as the latest header states them, in the list's order.
-    pub(crate) acked_seen: (Epoch, Vec<Seq>),
     /// When the owner was last heard, for loss statements.
     pub(crate) owner_heard_ns: u64,
     last_gates: Option<(Gate, Gate)>,
@@ -114,6 +118,9 @@ impl Machine {
             booted,
             role: RoleState::Follower,
             following: None,
+            walk: None,
+            rebid_after: env.now,
+            rebids: 0,
             promise: None,
             sync: SyncState::default(),
             ack_due: None,
@@ -121,7 +128,6 @@ impl Machine {
             flushes: VecDeque::new(),
             handover: None,
             block_sync: BlockSync::default(),
-            acked_seen: meta.acked_seen.clone(),
             meta,
             last_gates: None,
         }
@@ -185,6 +191,9 @@ impl Machine {
             // The separate lineage was decided on, and never begun.
             m.meta.forced = None;
         }
+        // The record may be older than the log: an `EpochStart` above the floor has vouched for it.
+        let vouched = m.state.epoch_start().map_or(Seq::ZERO, |e| e.start.seq);
+        m.meta.floor = m.meta.floor.filter(|f| f.seq >= vouched);
         m.persist(out);
         let mine = m.epoch().host == m.id.host && m.is_admitted();
         if mine && kind == MemberRole::Replica {
@@ -346,6 +355,7 @@ impl Machine {
             self.following = None;
             self.ack_due = None;
         }
+        self.walk.take_if(|w| w.host() == host);
         self.owner_peer_down(env, host);
         self.candidate_peer_down(env, host, out);
     }
@@ -483,7 +493,6 @@ impl Machine {
     /// Persists the meta record now; returns its version.
     pub(crate) fn persist(&mut self, out: &mut Vec<Output>) -> u64 {
         self.meta_version += 1;
-        self.meta.acked_seen.clone_from(&self.acked_seen);
         self.meta_due = None;
         out.push(Output::PersistMeta { version: self.meta_version, bytes: self.meta.encode() });
         self.meta_version

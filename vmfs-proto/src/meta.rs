@@ -20,6 +20,23 @@ pub(crate) struct Rule {
     pub(crate) changed_at: Seq,
 }
 
+/// The members' acknowledgements as a header stated them, in the order of the list in force there.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct AckedSeen {
+    /// The header.
+    pub(crate) at: Rank,
+    pub(crate) acked: Vec<Seq>,
+}
+
+impl AckedSeen {
+    /// What the member at this place of the list has acknowledged, when the list is still the one
+    /// that was changed last at `config_seq`.
+    pub(crate) fn of(&self, place: usize, config_seq: Seq) -> Option<Rank> {
+        let seq = self.acked.get(place).filter(|s| **s > Seq::ZERO && self.at.1 > config_seq)?;
+        Some((self.at.0, *seq))
+    }
+}
+
 impl Rule {
     /// True when flushes under the new rule could do without somebody that this one asks.
     pub(crate) fn is_weakened_by(&self, members: &MemberList, policy: ImagePolicy) -> bool {
@@ -62,11 +79,12 @@ pub(crate) struct Meta {
     pub(crate) lineage: u64,
     /// Commitment to the secret of the latest epoch in the chain, to check what shares rebuild.
     pub(crate) secret_hash: (Epoch, Digest),
-    /// The rule before a change that is not known to be committed: until it is, both count.
-    /// Durable before the change is appended by its owner.
+    /// The rule before the latest change of members or policy, until that is known to be committed.
+    /// Until then a weakening counts by both (so this is durable before the owner appends one), and
+    /// another chain's certificates may count by this one.
     pub(crate) previous: Option<Rule>,
-    /// The members' acknowledgements as the latest header stated them, in the list's order.
-    pub(crate) acked_seen: (Epoch, Vec<Seq>),
+    /// See [`AckedSeen`]. Persisted with whatever else is.
+    pub(crate) acked_seen: AckedSeen,
 }
 
 fn put_epoch(w: &mut Writer, e: Epoch) {
@@ -132,9 +150,10 @@ impl Meta {
             rule.policy.encode(&mut w);
             w.u64(rule.changed_at.0);
         }
-        put_epoch(&mut w, self.acked_seen.0);
-        w.count(self.acked_seen.1.len());
-        self.acked_seen.1.iter().for_each(|s| w.u64(s.0));
+        put_epoch(&mut w, self.acked_seen.at.0);
+        w.u64(self.acked_seen.at.1.0);
+        w.count(self.acked_seen.acked.len());
+        self.acked_seen.acked.iter().for_each(|s| w.u64(s.0));
         let mut bytes = w.finish();
         let crc = crc32c::crc32c(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
@@ -180,12 +199,12 @@ impl Meta {
         } else {
             None
         };
-        let acked_epoch = get_epoch(&mut r)?;
+        let acked_at = (get_epoch(&mut r)?, Seq(r.u64()?));
         let acked_len = r.count(MEMBERS_MAX)?;
-        let acked_seen = (0..acked_len).map(|_| r.u64().map(Seq)).collect::<Result<_, _>>()?;
+        let seen = (0..acked_len).map(|_| r.u64().map(Seq)).collect::<Result<_, _>>()?;
         r.end()?;
         Ok(Self {
-            acked_seen: (acked_epoch, acked_seen),
+            acked_seen: AckedSeen { at: acked_at, acked: seen },
             promised,
             vote,
             begun,
@@ -231,7 +250,7 @@ mod tests {
             floor: Some(head),
             forced: Some(e(3)),
             lineage: 6,
-            acked_seen: (e(2), vec![Seq(7), Seq(0)]),
+            acked_seen: AckedSeen { at: (e(2), Seq(9)), acked: vec![Seq(7), Seq(0)] },
             secret_hash: (e(2), Digest::from_bytes([8; 32])),
             ..Meta::default()
         };

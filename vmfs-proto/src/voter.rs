@@ -198,7 +198,7 @@ impl Machine {
 
     fn vote_for(&self, proposal: vmfs_common::Digest) -> Vote {
         let me = self.state.members.all().iter().position(|m| m.host == self.id.host);
-        let seen = me.and_then(|i| self.acked_seen.1.get(i)).map(|s| (self.acked_seen.0, *s));
+        let seen = me.and_then(|i| self.meta.acked_seen.of(i, self.state.config_seq));
         Vote {
             proposal,
             host: self.id.host,

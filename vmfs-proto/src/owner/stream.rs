@@ -127,6 +127,21 @@ impl Machine {
         let RoleState::Owner(o) = &mut self.role else { return };
         let Some(link) = o.links.get_mut(&from) else { return };
         if why == Refusal::Promised && link.admitted && promised > o.start.epoch {
+            let serving = o.links.values().filter(|l| l.admitted && l.streaming).count();
+            let quorum = self.state.members.quorum();
+            let without = serving + 1 - usize::from(o.links.get(&from).is_some_and(|l| l.streaming));
+            if o.open && without >= quorum && env.now < self.rebid_after {
+                // Candidates that fail again and again must not stop a healthy image: they can wait.
+                if let Some(link) = o.links.get_mut(&from) {
+                    link.streaming = false;
+                    link.offer_at = Some(self.rebid_after);
+                }
+                out.push(Output::StopStream { to: from });
+                return;
+            }
+            let calm = env.now.since(self.rebid_after) > 64 * self.timing.rebid_ms;
+            self.rebids = if calm { 0 } else { (self.rebids + 1).min(8) };
+            self.rebid_after = env.now.plus((4 * self.timing.rebid_ms) << self.rebids);
             self.pause(env, from, out);
             if let RoleState::Candidate(c) = &mut self.role {
                 c.outbid_by = promised;

@@ -621,7 +621,7 @@ impl Cluster {
             let what = n.machine.as_ref().map(|m| (m.status(self.now).health, m.describe_role()));
             text += &format!("{at} up={} head={:?} {what:?}\n", n.up, n.head());
         }
-        for e in self.events.iter().rev().take(20).rev() {
+        for e in self.events.iter().rev().take(60).rev() {
             text += &format!("{e:?}\n");
         }
         text

@@ -89,15 +89,3 @@ fn check_node(n: &Node, target: &Head) {
         assert_eq!(held, Some(target.digest), "a copy at {head:?} lacks the acknowledged update {target:?}");
     }
 }
-
-/// All copies are the same.
-///
-/// # Panics
-/// When they are not.
-pub fn assert_same(nodes: &[Node]) {
-    let mut logs = nodes.iter().filter(|n| n.machine.is_some());
-    let Some(first) = logs.next() else { return };
-    for n in logs {
-        assert_eq!(n.head(), first.head(), "copies differ in their heads");
-    }
-}
