@@ -29,6 +29,16 @@ const STOP_GRACE: Duration = Duration::from_secs(10);
 /// Why a node does not start. One line that names the file or directory.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
+    /// The configuration is another host's.
+    #[error("identity {}: it is the one of host {found:?}, the configuration is that of {configured:?}", dir.display())]
+    Name {
+        /// The identity directory.
+        dir: PathBuf,
+        /// The name in the certificate.
+        found: String,
+        /// The name in the configuration.
+        configured: String,
+    },
     /// Keys and certificates.
     #[error(transparent)]
     Identity(#[from] PkiError),
@@ -80,6 +90,10 @@ fn open_store(config: &Config, identity: &HostIdentity) -> Result<Arc<Store>, St
 /// See [`NodeError`].
 pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeError> {
     let host = HostIdentity::load(&config.identity.dir)?;
+    if host.name() != config.host.as_str() {
+        let (found, configured) = (host.name().to_owned(), config.host.to_string());
+        return Err(NodeError::Name { dir: config.identity.dir, found, configured });
+    }
     let dir = config.store.dir.clone();
     let store = open_store(&config, &host).map_err(|source| NodeError::Store { dir: dir.clone(), source })?;
     let identity = Arc::new(Identity {
