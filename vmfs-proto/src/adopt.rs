@@ -197,7 +197,7 @@ impl Machine {
         let known = parent == Head::default()
             || parent == self.state.head()
             || (env.history)(parent.seq) == Some(parent);
-        let keeps_commit = parent.seq >= self.meta.commit.1;
+        let keeps_commit = parent == self.state.head() || parent.seq >= self.meta.commit.1;
         let image = self.image;
         let RoleState::Candidate(c) = &mut self.role else { return };
         let Stage::Vouching(v) = &mut c.stage else { return };

@@ -377,8 +377,8 @@ pub enum Output {
         /// Without payload.
         headers_only: bool,
     },
-    /// Copy the content block by block from a host into a shadow; answer [`Input::Imported`] or
-    /// [`Input::ImportFailed`].
+    /// Copy the content block by block from a host into a shadow; before it replaces the content, ask
+    /// [`crate::Machine::begin_import`]; answer [`Input::Imported`] or [`Input::ImportFailed`].
     StartBlockSync {
         /// The owner.
         from: HostId,

@@ -10,6 +10,7 @@ use vmfs_common::msg::{ImageMsg, Occasion, VoteRefusal};
 use vmfs_common::policy::{Member, MemberList, MemberRole};
 
 use crate::api::{Answer, Env, Event, OpError, Output, Timing, Token};
+use crate::follower::BlockSync;
 use crate::loss::Loss;
 use crate::machine::{Machine, RoleState, op_done, send};
 
@@ -126,6 +127,9 @@ impl Machine {
         {
             return refuse(OpError::NotDataMember, out);
         }
+        if matches!(self.block_sync, BlockSync::Switching) {
+            return refuse(OpError::Busy, out);
+        }
         let mut persistent = false;
         match &mut self.role {
             RoleState::Owner(o) if o.is_open() && !force => return refuse(OpError::AlreadyOwner, out),
@@ -155,6 +159,7 @@ impl Machine {
             && self.kind == MemberRole::Replica
             && self.is_admitted()
             && self.state.head() == head
+            && !matches!(self.block_sync, BlockSync::Switching)
             && self.promised() <= self.epoch();
         if !fit {
             send(out, from, ImageMsg::HandoverDone { done: false });
@@ -442,6 +447,15 @@ impl Machine {
             None => Answer::Unreachable,
         };
         self.state.members.all().iter().map(|m| (m.host, of(m.host))).collect()
+    }
+
+    /// A quorum of the members known here, the offering host among them, follow a later owner.
+    pub(crate) fn quorum_has_moved_on(&self, offering: HostId) -> bool {
+        let RoleState::Candidate(c) = &self.role else { return false };
+        let gone = |h: HostId| {
+            h == offering || matches!(c.answers.get(&h), Some(Answer::Refused(VoteRefusal::NotOwner(_))))
+        };
+        self.state.members.all().iter().filter(|m| gone(m.host)).count() >= self.state.members.quorum()
     }
 
     /// True when no member that might still vote has yet to answer.

@@ -54,7 +54,7 @@ impl Machine {
         out: &mut Vec<Output>,
     ) -> bool {
         let ours = parent == self.state.head() || (env.history)(parent.seq) == Some(parent);
-        let keeps_commit = parent.seq >= self.meta.commit.1;
+        let keeps_commit = parent == self.state.head() || parent.seq >= self.meta.commit.1;
         let Some(mut walk) = self.walk.take_if(|w| w.offered.host == from && w.offered.start == upto) else {
             return false;
         };
@@ -101,8 +101,9 @@ impl Machine {
         !walk.lists.is_empty()
     }
 
-    /// The offering host's log does not reach back: a follower joins, and will be sent the blocks; an
-    /// owner or candidate is not deposed by what it cannot check.
+    /// The offering host's log does not reach back. A follower joins, and will be sent the blocks. A
+    /// former owner that bids is deposed when a quorum of the members it knows say that another has
+    /// owned the image since.
     pub(crate) fn walk_failed(
         &mut self,
         env: &mut Env<'_>,
@@ -113,7 +114,7 @@ impl Machine {
         let Some(walk) = self.walk.take_if(|w| w.offered.host == from && w.offered.start == upto) else {
             return false;
         };
-        if matches!(self.role, RoleState::Follower) {
+        if matches!(self.role, RoleState::Follower) || self.quorum_has_moved_on(from) {
             self.follow(env, walk.offered, out);
         } else {
             self.refuse(env, from, None, Refusal::BadCertificate, out);

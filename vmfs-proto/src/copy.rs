@@ -11,6 +11,7 @@ use vmfs_common::policy::Member;
 use vmfs_common::state::ImageState;
 
 use crate::api::{Env, Event, FlushError, Output, Take};
+use crate::follower::BlockSync;
 use crate::lineage::is_prefix_of;
 use crate::machine::{Machine, RoleState, send};
 use crate::meta::{AckedSeen, Rule};
@@ -108,6 +109,9 @@ impl Machine {
             return Err(Refusal::WrongImage);
         }
         let head = self.state.head();
+        if matches!(self.block_sync, BlockSync::Switching) {
+            return Ok(Take::Ignore);
+        }
         if self.fetch_source() == Some(from) {
             return self.judge_fetched(update);
         }
@@ -346,7 +350,7 @@ impl Machine {
         let head = self.durable;
         let owner = self.epoch();
         let mine = matches!(self.role, RoleState::Follower) && self.meta_persisted > 0 && head.epoch == owner;
-        if !mine || owner < self.promised() {
+        if !mine || owner < self.promised() || matches!(self.block_sync, BlockSync::Switching) {
             return;
         }
         if head.seq < low {

@@ -147,7 +147,9 @@ impl Machine {
                 }
             }
             RoleState::Follower => match &self.following {
-                _ if matches!(self.block_sync, BlockSync::Running) => Health::CatchingUp,
+                _ if matches!(self.block_sync, BlockSync::Running | BlockSync::Switching) => {
+                    Health::CatchingUp
+                }
                 None if self.promised() > self.epoch() => Health::Fenced,
                 None => Health::Stalled,
                 Some(f) if f.start.epoch > self.epoch() => Health::CatchingUp,

@@ -8,6 +8,7 @@ use vmfs_common::msg::{ImageMsg, Occasion, VoteRefusal};
 use vmfs_common::policy::MemberRole;
 
 use crate::api::{Env, Event, Output};
+use crate::follower::BlockSync;
 use crate::machine::{Machine, RoleState, send};
 
 /// A promise on its way to the disk: first everything appended is made durable, then the meta
@@ -160,6 +161,9 @@ impl Machine {
     /// Takes a promise as far as the disk has got.
     pub(crate) fn advance_promise(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let Some(p) = &self.promise else { return };
+        if matches!(self.block_sync, BlockSync::Switching) {
+            return;
+        }
         if self.epoch() >= p.proposal.ballot {
             // A certified epoch as high has been taken up meanwhile.
             let (from, ballot) = (p.from, p.proposal.ballot);

@@ -393,9 +393,11 @@ impl Cluster {
     }
 
     fn import(&mut self, at: At, from: At) {
-        match self.nodes[from].log.last().filter(|_| self.nodes[from].up) {
-            Some((_, state)) => {
-                let state = Box::new(state.clone());
+        let served = self.nodes[from].log.last().filter(|_| self.nodes[from].up).map(|(_, s)| s.clone());
+        let host = self.nodes[from].id.host;
+        match served.filter(|s| self.nodes[at].machine.as_mut().is_some_and(|m| m.begin_import(host, s))) {
+            Some(state) => {
+                let state = Box::new(state);
                 let log = self.nodes[from].log.clone();
                 self.nodes[at].replace(log);
                 self.input(at, Input::Imported { state });
