@@ -269,7 +269,9 @@ impl Machine {
     /// # Panics
     /// When this host is not the owner.
     pub fn seal(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) -> Update {
-        self.make_update(env, None, out)
+        let seal = self.make_update(env, None, out);
+        self.sync_round(env, out);
+        seal
     }
 
     /// Everything else.
