@@ -36,7 +36,9 @@ pub fn main() -> ExitCode {
         Err(e) => return vmfs_replica::daemon::usage(&e),
     };
     let roles = |config: &Config| {
-        anyhow::ensure!(config.mount.is_some(), "[mount] is missing: without a mount use vmfs-replica");
+        let mount = config.mount.as_ref().context("[mount] is missing: without a mount use vmfs-replica")?;
+        // Before anything is opened or made: a wrong mount point is to leave no trace.
+        mount::check_point(&mount.point)?;
         Ok(vec![HostRole::Mount, HostRole::Replica, HostRole::Witness])
     };
     vmfs_replica::daemon::run(&arguments.config, roles, attach)

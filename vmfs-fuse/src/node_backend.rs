@@ -12,7 +12,7 @@ use vmfs_replica::node::{CreateError, Image, IoError, Node, View as Frozen};
 use vmfs_store::StoreError;
 
 use crate::backend::{
-    AttrChange, Attempt, Attrs, Backend, Claim, Done, Errno, ImageStat, PinId, SizeRule, StatFs, View, Wake,
+    Attempt, AttrChange, Attrs, Backend, Claim, Done, Errno, ImageStat, PinId, SizeRule, StatFs, View, Wake,
 };
 
 /// The engine as the mount sees it.

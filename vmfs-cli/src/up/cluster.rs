@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -309,6 +310,10 @@ fn fill(dir: &Path, names: &[HostName]) -> CliResult {
         let identity = host.dir().join("identity");
         invite::join_local(&ca, host.name.as_str(), &identity, &listen.to_string(), &roles)
             .map_err(CliError::failed)?;
+        // QEMU runs as a user of its own and has to reach the mount; what is private (identity, store,
+        // socket) has modes of its own.
+        let reachable = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(host.dir(), reachable).map_err(|e| at(host.dir(), &e))?;
         let mount = host.mount();
         std::fs::create_dir(&mount).map_err(|e| at(&mount, &e))?;
         let config = Config {

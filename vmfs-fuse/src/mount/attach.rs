@@ -187,6 +187,14 @@ fn prepare(point: &Path) -> Result<(), MountError> {
     Ok(())
 }
 
+/// Checks a mount point without mounting, and takes a dead mount of an earlier daemon away.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_point(point: &Path) -> Result<(), MountError> {
+    prepare(&resolve(point)?)
+}
+
 /// Mounts on `point` and gives the device to talk to.
 pub(super) fn attach(point: &Path, allow_other: bool) -> Result<(OwnedFd, Attached), MountError> {
     let point = resolve(point)?;

@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use crate::backend::Backend;
 use crate::fs::{Fs, KernelCache};
 
-pub use attach::MountError;
+pub use attach::{MountError, check_point};
 
 use adapter::Adapter;
 use attach::Attached;
