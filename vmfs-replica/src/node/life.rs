@@ -18,6 +18,8 @@ use super::image::{Image, Pending};
 const TICK_MS: u64 = 10;
 /// How often waiting operations are woken in any case, and stream progress is reported.
 const SLOW_TICK_MS: u64 = 250;
+/// A deleted image that need not be kept is removed after this, nanoseconds.
+const DELETED_GRACE_NS: u64 = 500_000_000;
 /// Background I/O of the store per round.
 const BACKGROUND_BYTES: u64 = 8 << 20;
 /// Key of this node's own record among the images' meta records.
@@ -142,18 +144,22 @@ impl NodeInner {
     fn sweep_deleted(self: &Arc<Self>) {
         let window_ns = self.config.store.undelete_window.millis().saturating_mul(1_000_000);
         let now_ns = super::unix_ns();
+        let (free, total) = self.space();
+        let space_is_short = free < total / 20;
         for image in self.images() {
             let state = image.state();
             if !state.unlinked {
                 continue;
             }
             let age_ns = now_ns.saturating_sub(state.ctime_ns);
-            // An image that never held data is nothing to undelete.
+            // The owner gives the space back once every member knows; the members keep the image for the
+            // undelete window, unless it never held data or the space is needed.
+            let owner = image.is_owner_here();
             let empty = image.store.allocated_blocks().0 == 0;
-            let kept_ns = if empty { 2_000_000_000 } else { window_ns };
-            let settled = !image.is_owner_here() || image.is_settled(self) || age_ns > window_ns;
+            let kept_ns = if owner || empty || space_is_short { DELETED_GRACE_NS } else { window_ns };
+            let settled = !owner || image.is_settled(self) || age_ns > window_ns;
             if age_ns > kept_ns && settled {
-                tracing::debug!(image = %image.id, "the undelete window has passed: removed");
+                tracing::debug!(image = %image.id, "deleted image removed");
                 if let Err(e) = self.forget(&image) {
                     tracing::warn!(image = %image.id, "cannot remove a deleted image: {e}");
                 }
