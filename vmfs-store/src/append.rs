@@ -22,8 +22,14 @@ use crate::writer::{RECORD_BLOCKS_MAX, RecordKind, SegmentWriter, pages_needed, 
 pub(crate) enum MapChange {
     None,
     /// Blocks from `start`; the entries are in the caller's buffer.
-    Blocks { start: u64, count: usize },
-    Range { range: std::ops::Range<u64>, entry: Entry },
+    Blocks {
+        start: u64,
+        count: usize,
+    },
+    Range {
+        range: std::ops::Range<u64>,
+        entry: Entry,
+    },
 }
 
 /// Works out the entries of an update whose payload begins at `first_page` of segment `no`.
@@ -162,13 +168,7 @@ impl ImageStore {
     }
 
     /// Applies the update to the map. The caller holds the append lock.
-    pub(crate) fn change_map(
-        &self,
-        header: &UpdateHeader,
-        no: u32,
-        page: u32,
-        crcs: &[u32],
-    ) {
+    pub(crate) fn change_map(&self, header: &UpdateHeader, no: u32, page: u32, crcs: &[u32]) {
         let mut entries = [Entry::UNSET; RECORD_BLOCKS_MAX];
         let change = map_change(header, no, page, crcs, &mut entries);
         // The old entries are looked up outside of the map's lock: it may read map pages, which the

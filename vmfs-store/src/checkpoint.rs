@@ -207,7 +207,12 @@ pub(crate) fn write_body(
     Ok(BodyRef { pages, len: bytes.len(), crc: crc32c::crc32c(&bytes) })
 }
 
-fn read_body(file: &dyn DiskFile, first: u32, len: usize, crc: u32) -> std::io::Result<Option<(Vec<u8>, BodyRef)>> {
+fn read_body(
+    file: &dyn DiskFile,
+    first: u32,
+    len: usize,
+    crc: u32,
+) -> std::io::Result<Option<(Vec<u8>, BodyRef)>> {
     if len > BODY_BYTES_MAX {
         return Ok(None);
     }

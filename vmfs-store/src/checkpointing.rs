@@ -19,6 +19,9 @@ use crate::map::tree::{Base, FreePages, Merge};
 use crate::segment::Segment;
 use crate::writer::LogPos;
 
+/// Background rounds without an append after which an image is checkpointed: about ten seconds.
+const REST_ROUNDS: u32 = 100;
+
 /// A checkpoint that a superblock names.
 #[derive(Clone)]
 pub(crate) struct Slot {
@@ -122,8 +125,13 @@ impl ImageStore {
         ck.register(&merged);
         let forks = self.forks.lock().clone();
         let segments = Arc::clone(&self.map.read().content.segments);
-        let commit =
-            Commit { moment: &moment, base: &merged, forks: &forks, victims: Vec::new(), segments: &segments };
+        let commit = Commit {
+            moment: &moment,
+            base: &merged,
+            forks: &forks,
+            victims: Vec::new(),
+            segments: &segments,
+        };
         let done = self.commit(ck, &mut free, &commit)?;
         drop(segments);
         drop(moment);
@@ -134,7 +142,8 @@ impl ImageStore {
             map.content.frozen = None;
             let freed = u64::try_from(frozen.bytes()).unwrap_or(0);
             let dirty = &self.shared.dirty_map_bytes;
-            let _ = dirty.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |d| Some(d.saturating_sub(freed)));
+            let _ =
+                dirty.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |d| Some(d.saturating_sub(freed)));
         }
         self.let_go(ck, &done);
         self.recycle(ck)
@@ -241,8 +250,8 @@ impl ImageStore {
         self.or_latch(sync())?;
         for victim in victims {
             let number = ck.number() + 1;
-            let written = write_super(self.shared.store, self.id, &*file, victim, number, &at)
-                .and_then(|()| sync());
+            let written =
+                write_super(self.shared.store, self.id, &*file, victim, number, &at).and_then(|()| sync());
             self.or_latch(written)?;
             ck.slots[victim] = Some(Slot {
                 number,
@@ -260,7 +269,7 @@ impl ImageStore {
         let head = c.moment.state.head().seq;
         let replay_from = kept.iter().map(|s| s.seq()).min().unwrap_or(head).min(head);
         let retain = Seq(self.retain.load(Ordering::Acquire));
-        let mut budget = self.shared.cfg.retain_log_bytes_max;
+        let mut budget = if self.shared.is_tight() { 0 } else { self.shared.cfg.retain_log_bytes_max };
         let mut first = chain.len();
         while let Some(i) = first.checked_sub(1) {
             let last = last_seq(chain, i, head);
@@ -309,7 +318,8 @@ impl ImageStore {
     pub(crate) fn let_go(&self, ck: &mut Checkpoints, done: &Committed) {
         let mut tail = self.tail.lock();
         tail.log_start = tail.log_start.max(done.log_start);
-        if tail.chain.iter().any(|s| done.dropped.contains(&s.seg.no) || s.start_seq < done.log_start.prev()) {
+        if tail.chain.iter().any(|s| done.dropped.contains(&s.seg.no) || s.start_seq < done.log_start.prev())
+        {
             let chain = Arc::make_mut(&mut tail.chain);
             chain.retain(|s| s.start_seq >= done.log_start.prev());
         }
@@ -339,18 +349,27 @@ impl ImageStore {
         if self.latch.get().is_some() {
             return Ok(false);
         }
-        let (head, bytes) = {
+        let (head, bytes, parts) = {
             let tail = self.tail.lock();
-            (tail.head().seq.0, tail.bytes_since_checkpoint)
+            (tail.head().seq.0, tail.bytes_since_checkpoint, tail.chain.len())
         };
-        let resting = self.seen_seq.swap(head, Ordering::AcqRel) == head;
+        let rest = match self.seen_seq.swap(head, Ordering::AcqRel) == head {
+            true => self.rest_rounds.fetch_add(1, Ordering::AcqRel) + 1,
+            false => {
+                self.rest_rounds.store(0, Ordering::Release);
+                0
+            }
+        };
         let map_bytes = self.map.read().content.overlay.bytes() as u64;
+        // On a full disk the retained log is given up, once per head.
+        let trim = parts > 1 && rest == 1 && self.shared.is_tight();
         let due = bytes >= self.shared.cfg.checkpoint_log_bytes
             || (dirty_map_full && map_bytes > 0)
-            || (resting && bytes > 0);
+            || (rest >= REST_ROUNDS && bytes > 0)
+            || trim;
         let Some(mut ck) = self.checkpoints.try_lock() else { return Ok(false) };
         if due {
-            self.checkpoint_locked(&mut ck, false)?;
+            self.checkpoint_locked(&mut ck, trim)?;
         } else if !ck.limbo.is_empty() {
             self.recycle(&mut ck)?;
         }

@@ -72,9 +72,7 @@ impl FileDisk {
             .during(what)?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { root: root.to_path_buf(), _lock: lock }),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                Err(StoreError::InUse { path: root.display().to_string() })
-            }
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(StoreError::InUse { path: root.display().to_string() }),
             Err(e) => Err(io::Error::from(e)).during(what),
         }
     }
@@ -87,8 +85,9 @@ impl FileDisk {
 impl Disk for FileDisk {
     fn open(&self, name: &str, create: bool) -> io::Result<Arc<dyn DiskFile>> {
         let path = self.path(name);
-        let open =
-            || OpenOptions::new().read(true).write(true).create(create).truncate(false).mode(0o600).open(&path);
+        let open = || {
+            OpenOptions::new().read(true).write(true).create(create).truncate(false).mode(0o600).open(&path)
+        };
         let file = match (open(), path.parent()) {
             (Err(e), Some(parent)) if create && e.kind() == io::ErrorKind::NotFound => {
                 fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;

@@ -80,8 +80,12 @@ impl Files {
         inner.clock += 1;
         let now = inner.clock;
         if inner.open.len() >= self.open_max {
-            let mut idle: Vec<_> =
-                inner.open.iter().filter(|(_, (f, _))| Arc::strong_count(f) == 1).map(|(k, (_, t))| (*t, *k)).collect();
+            let mut idle: Vec<_> = inner
+                .open
+                .iter()
+                .filter(|(_, (f, _))| Arc::strong_count(f) == 1)
+                .map(|(k, (_, t))| (*t, *k))
+                .collect();
             idle.sort_unstable();
             for (_, k) in idle.into_iter().take(self.open_max / 8 + 1) {
                 inner.open.remove(&k);

@@ -69,7 +69,8 @@ impl ImageStore {
             payload_blocks += record.crcs.len() as u64;
             Ok(true)
         })?;
-        let name = format!("{}.{}-{}-{}", head.epoch.number, head.epoch.host.short(), head.seq, head.digest.short());
+        let name =
+            format!("{}.{}-{}-{}", head.epoch.number, head.epoch.host.short(), head.seq, head.digest.short());
         let info = ForkInfo {
             name,
             ancestor,
@@ -165,7 +166,6 @@ impl ImageStore {
             w.seg.live.lock().take();
         }
         tail.end = None;
-        tail.lineage += 1;
         tail.bytes_since_checkpoint = 0;
         ck.frozen = None;
         let mut map = self.map.write();
@@ -227,5 +227,4 @@ impl ImageStore {
         }
         dropped
     }
-
 }

@@ -84,8 +84,9 @@ pub struct ImageStore {
     pub(crate) commit: AtomicU64,
     pub(crate) retain: AtomicU64,
     pub(crate) importing: AtomicBool,
-    /// Head seq at the last background round: an image at rest is checkpointed.
+    /// Head seq at the last background round, and rounds since it changed.
     pub(crate) seen_seq: AtomicU64,
+    pub(crate) rest_rounds: AtomicU32,
 }
 
 impl std::fmt::Debug for ImageStore {
@@ -122,6 +123,7 @@ impl ImageStore {
             retain: AtomicU64::new(0),
             importing: AtomicBool::new(false),
             seen_seq: AtomicU64::new(0),
+            rest_rounds: AtomicU32::new(0),
         }
     }
     /// Which image.

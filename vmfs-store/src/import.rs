@@ -293,7 +293,8 @@ impl ImageStore {
         let mut free = self.free_pages(&ck)?;
         let base = Arc::clone(&content.base);
         // Both superblocks: the old lineage must not come back.
-        let newest = usize::from(ck.slots[1].as_ref().map(|s| s.number) > ck.slots[0].as_ref().map(|s| s.number));
+        let newest =
+            usize::from(ck.slots[1].as_ref().map(|s| s.number) > ck.slots[0].as_ref().map(|s| s.number));
         let victims = vec![1 - newest, newest];
         let commit = Commit { moment: &moment, base: &base, forks: &forks, victims, segments: &segments };
         let done = self.commit(&mut ck, &mut free, &commit)?;
@@ -345,6 +346,7 @@ impl Drop for Import {
         inner.writer = None;
         let mut ck = self.image.checkpoints.lock();
         let segments = std::mem::take(&mut inner.content.segments);
-        ck.limbo.extend(segments.iter().filter(|(no, _)| inner.own.contains_key(no)).map(|(_, s)| Arc::clone(s)));
+        ck.limbo
+            .extend(segments.iter().filter(|(no, _)| inner.own.contains_key(no)).map(|(_, s)| Arc::clone(s)));
     }
 }

@@ -37,8 +37,6 @@ pub(crate) struct Tail {
     pub(crate) bytes_since_checkpoint: u64,
     /// Where the log ends in the last segment of the chain, while there is no current one.
     pub(crate) end: Option<LogPos>,
-    /// Grows when the log is cut or replaced.
-    pub(crate) lineage: u64,
     /// New segments count only once a checkpoint lists them.
     pub(crate) shadow: bool,
     pub(crate) crcs: Vec<u32>,
@@ -57,7 +55,6 @@ impl Tail {
             log_bytes: 0,
             bytes_since_checkpoint: 0,
             end: None,
-            lineage: 0,
             shadow: false,
             crcs: Vec::new(),
         }

@@ -106,7 +106,11 @@ fn read_group(file: &dyn DiskFile, at: u64, end: u64) -> Result<Option<Group>, S
         return Ok(None);
     }
     if word(4) != VERSION {
-        return Err(StoreError::Version { what: "the metadata journal".into(), found: word(4), known: VERSION });
+        return Err(StoreError::Version {
+            what: "the metadata journal".into(),
+            found: word(4),
+            known: VERSION,
+        });
     }
     let number = u64::from(word(8)) | u64::from(word(12)) << 32;
     let mut r = Reader::new(&payload);
@@ -176,7 +180,12 @@ impl Meta {
     }
 
     /// Changes one value; durable on return.
-    pub(crate) fn change(&self, shared: &Shared, key: ImageId, value: Option<&[u8]>) -> Result<(), StoreError> {
+    pub(crate) fn change(
+        &self,
+        shared: &Shared,
+        key: ImageId,
+        value: Option<&[u8]>,
+    ) -> Result<(), StoreError> {
         if value.is_some_and(|v| v.len() > VALUE_BYTES_MAX) {
             return Err(StoreError::Full);
         }

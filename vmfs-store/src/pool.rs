@@ -14,7 +14,7 @@ use crate::segment::{Class, FIRST_PAGE, Kind, PAGE_U64, SEGMENTS_MAX, Segment, S
 use crate::shared::Shared;
 
 /// Unused segments of one class kept beyond the prewritten ones; more are deleted.
-const RAW_MAX: usize = 4;
+const RAW_MAX: usize = 2;
 /// Smallest-class allocations go in steps of this many pages.
 const ALLOC_STEP_PAGES: u32 = 8;
 /// Written at a time when prewriting.
@@ -140,7 +140,9 @@ impl Pool {
             }
         };
         let file = shared.files.segment(no)?;
-        let alloc_pages = if class == Class::SMALLEST { 0 } else { class.pages() };
+        // Whatever is within a file's length was allocated or written before.
+        let len = file.len_bytes().during(|| format!("opening {}", file_name(no)))?;
+        let alloc_pages = u32::try_from(len / PAGE_U64).unwrap_or(u32::MAX).min(class.pages());
         // Its name may have been created before a crash and never synced.
         let name_no = self.names.create();
         let reserved = Arc::default();
@@ -160,15 +162,15 @@ impl Pool {
             inner.next_no - 1
         };
         let name = file_name(no);
-        let file = shared.with_reserve(space, || {
-            shared.disk.open(&name, true).during(|| format!("creating {name}"))
-        })?;
+        let file = shared
+            .with_reserve(space, || shared.disk.open(&name, true).during(|| format!("creating {name}")))?;
         let name_no = self.names.create();
         let mut spare =
             Spare { no, class, file, prepared: false, alloc_pages: 0, name_no, reserved: Arc::default() };
         if class != Class::SMALLEST {
-            let allocated = shared
-                .with_reserve(space, || spare.file.allocate(class.bytes()).during(|| format!("allocating {name}")));
+            let allocated = shared.with_reserve(space, || {
+                spare.file.allocate(class.bytes()).during(|| format!("allocating {name}"))
+            });
             if let Err(e) = allocated {
                 drop(spare);
                 shared.disk.remove(&name).during(|| format!("removing {name}"))?;
@@ -307,6 +309,15 @@ pub(crate) struct Reserve {
 }
 
 impl Reserve {
+    /// Notes what a reserve from before holds.
+    pub(crate) fn load(&self, shared: &Shared) -> Result<(), StoreError> {
+        let what = || "opening the reserve".to_owned();
+        if shared.disk.list("").during(what)?.iter().any(|n| n == RESERVE_NAME) {
+            let file = shared.disk.open(RESERVE_NAME, false).during(what)?;
+            *self.held_bytes.lock() = file.len_bytes().during(what)?;
+        }
+        Ok(())
+    }
     /// Takes as much of the configured space as there is.
     pub(crate) fn refill(&self, shared: &Shared) -> Result<(), StoreError> {
         let want = shared.cfg.reserve_bytes;

@@ -34,7 +34,11 @@ impl Record {
             RecordKind::Update => {
                 let n = u32::from_le_bytes(self.body.get(16..20)?.try_into().ok()?) as usize;
                 let digests = self.body.get(self.body.len().checked_sub(n * Digest::LEN)?..)?;
-                digests.chunks_exact(Digest::LEN).filter(|d| d.iter().any(|b| *b != 0)).nth(at).and_then(digest)
+                digests
+                    .chunks_exact(Digest::LEN)
+                    .filter(|d| d.iter().any(|b| *b != 0))
+                    .nth(at)
+                    .and_then(digest)
             }
             RecordKind::Blocks => {
                 let digests = self.body.get(8 * self.crcs.len()..)?;
@@ -79,7 +83,12 @@ pub(crate) struct Records<'a> {
 }
 
 /// Reads a header pair, from memory if the disk's is behind. `None` when it is damaged.
-fn read_page(shared: &Shared, seg: &Segment, page: u16, index: u16) -> Result<Option<HeaderPage>, StoreError> {
+fn read_page(
+    shared: &Shared,
+    seg: &Segment,
+    page: u16,
+    index: u16,
+) -> Result<Option<HeaderPage>, StoreError> {
     if let Some(live) = &*seg.live.lock()
         && let Some(p) = live.page(page)
     {
@@ -87,7 +96,8 @@ fn read_page(shared: &Shared, seg: &Segment, page: u16, index: u16) -> Result<Op
     }
     let mut pair = [0u8; 2 * PAGE];
     let file = seg.file(&shared.files)?;
-    file.read_at(&mut pair, u64::from(page) * PAGE_U64).during(|| format!("reading {}", file_name(seg.no)))?;
+    file.read_at(&mut pair, u64::from(page) * PAGE_U64)
+        .during(|| format!("reading {}", file_name(seg.no)))?;
     Ok(HeaderPage::parse_pair(&pair, page, index, seg.generation))
 }
 
@@ -114,7 +124,7 @@ impl<'a> Records<'a> {
         let live = seg.live.lock().as_ref().map(|l| pick(&l.index));
         let found = match live {
             Some(found) => found,
-            None => pick(&*index_of(shared, seg)?),
+            None => pick(&index_of(shared, seg)?),
         };
         let Some(e) = found else { return Ok(None) };
         Self::at(shared, seg, e.page, e.index, e.start.offset).map(Some)

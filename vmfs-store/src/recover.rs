@@ -14,9 +14,9 @@ use crate::error::{IoContext as _, StoreError};
 use crate::fork::Fork;
 use crate::image::{ImageStore, Space};
 use crate::log::{ChainSegment, Tail, walk};
+use crate::map::Content;
 use crate::map::overlay::Overlay;
 use crate::map::tree::Base;
-use crate::map::Content;
 use crate::records::{Next, Record, Records};
 use crate::segment::{Class, Kind, Segment, SegmentHeader, file_name};
 use crate::shared::Shared;
@@ -128,15 +128,8 @@ pub(crate) fn recover(
     let any = !tale.updates.is_empty() || torn || path.iter().any(|s| s.pos.is_none());
     sync_path(shared, &path, any)?;
 
-    let mut rebuilt = Rebuild {
-        shared,
-        image: loaded.image,
-        body,
-        segments,
-        chain,
-        path: &path,
-        tale: &tale,
-    };
+    let mut rebuilt =
+        Rebuild { shared, image: loaded.image, body, segments, chain, path: &path, tale: &tale };
     let image = rebuilt.assemble(&loaded)?;
     unused.retain(|(no, _)| !image.map.read().content.segments.contains_key(no));
     if marked(shared, image.id)? {
@@ -278,12 +271,7 @@ fn follow(
 }
 
 /// Reads one segment, up to the update `until` when the next segment begins after it.
-fn read_step(
-    shared: &Shared,
-    step: &Step,
-    until: Option<Head>,
-    tale: &mut Tale,
-) -> Result<(), StoreError> {
+fn read_step(shared: &Shared, step: &Step, until: Option<Head>, tale: &mut Tale) -> Result<(), StoreError> {
     let seg = &step.part.seg;
     let mut records = match step.pos {
         Some(pos) => Records::from_pos(shared, seg, pos)?,
@@ -303,9 +291,10 @@ fn read_step(
                 break;
             }
         };
-        let follows = record.update().ok().filter(|u| {
-            u.header.seq == tale.head.seq.next() && u.header.parent == tale.head.digest
-        });
+        let follows = record
+            .update()
+            .ok()
+            .filter(|u| u.header.seq == tale.head.seq.next() && u.header.parent == tale.head.digest);
         let Some(update) = follows else {
             tale.torn = true;
             break;
@@ -387,9 +376,8 @@ impl Rebuild<'_> {
         }
         let log_bytes = self.chain.iter().map(|c| c.seg.class.bytes()).sum();
         let forks = self.forks()?;
-        let log_start = self.chain.first().map_or(state.head().seq.next(), |c| {
-            body.log_start.max(c.start_seq.next())
-        });
+        let log_start =
+            self.chain.first().map_or(state.head().seq.next(), |c| body.log_start.max(c.start_seq.next()));
         let tail = Tail {
             state,
             chain: Arc::new(std::mem::take(&mut self.chain)),
@@ -400,7 +388,6 @@ impl Rebuild<'_> {
             log_bytes,
             bytes_since_checkpoint: bytes,
             end: if tale.torn { None } else { tale.end },
-            lineage: 0,
             shadow: false,
             crcs: Vec::new(),
         };

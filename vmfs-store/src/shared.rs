@@ -94,6 +94,11 @@ impl Shared {
         let free = self.disk.free_bytes().during(|| "asking for free space".into())?;
         if free < bytes.saturating_add(self.cfg.reserve_bytes / 4) { Err(StoreError::Full) } else { Ok(()) }
     }
+    /// True when so little space is left that logs are kept only as far as recovery needs them.
+    pub(crate) fn is_tight(&self) -> bool {
+        let free = self.disk.free_bytes().unwrap_or(0);
+        free < self.cfg.reserve_bytes.saturating_add(self.cfg.segment_bytes_max)
+    }
     /// Runs `f`; when it finds no space and is for control, gives up reserve and tries again.
     pub(crate) fn with_reserve<T>(
         &self,

@@ -92,7 +92,8 @@ impl SimFile {
             }
             page.durable = Some(result);
         }
-        self.len = if self.len == self.durable_len || rng.below(2) == 0 { self.durable_len } else { self.len };
+        self.len =
+            if self.len == self.durable_len || rng.below(2) == 0 { self.durable_len } else { self.len };
         self.durable_len = self.len;
         let end = self.len.div_ceil(PAGE as u64);
         self.pages.retain(|p, page| *p < end && page.used());
@@ -184,10 +185,12 @@ impl Inner {
         self.files.get_mut(&id).ok_or_else(|| eio("no such file"))
     }
     fn pages_taken(&self) -> u64 {
-        self.files.values().map(SimFile::pages_taken).sum()
+        // A removed file's space is free at once, although a power cut may bring it back.
+        self.names.values().filter_map(|id| self.files.get(id)).map(SimFile::pages_taken).sum()
     }
     fn drop_unnamed(&mut self) {
-        let mut named: BTreeSet<u64> = self.names.values().chain(self.durable_names.values()).copied().collect();
+        let mut named: BTreeSet<u64> =
+            self.names.values().chain(self.durable_names.values()).copied().collect();
         named.extend(self.pending.iter().filter_map(|op| match op {
             NameOp::Create(_, id) => Some(*id),
             _ => None,

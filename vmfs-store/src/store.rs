@@ -100,6 +100,7 @@ impl Store {
             dirty_map_bytes: AtomicU64::new(0),
             cfg,
         });
+        shared.reserve.load(&shared)?;
         let meta = Meta::open(&shared)?;
         let opened = Opening::scan(&shared)?.recover(&shared)?;
         shared.reserve.refill(&shared)?;
@@ -304,8 +305,12 @@ struct Opening {
 
 impl Opening {
     fn scan(shared: &Shared) -> Result<Self, StoreError> {
-        let mut this =
-            Self { loaded: Vec::new(), damaged: Vec::new(), candidates: BTreeMap::new(), images: BTreeMap::new() };
+        let mut this = Self {
+            loaded: Vec::new(),
+            damaged: Vec::new(),
+            candidates: BTreeMap::new(),
+            images: BTreeMap::new(),
+        };
         for name in shared.disk.list("map").during(|| "listing maps".into())? {
             if name.ends_with(NEW_SUFFIX) {
                 // A creation that was interrupted.

@@ -108,12 +108,8 @@ impl SegmentWriter {
         header.write(spare.no, &*spare.file)?;
         let seg = Segment::new(spare.no, spare.class, header.generation, spare.prepared);
         let first = u16::try_from(FIRST_PAGE).expect("invariant: a small constant");
-        *seg.live.lock() = Some(Live {
-            open: HeaderPage::new(first, 0),
-            full: Vec::new(),
-            index: Vec::new(),
-            dirty: false,
-        });
+        *seg.live.lock() =
+            Some(Live { open: HeaderPage::new(first, 0), full: Vec::new(), index: Vec::new(), dirty: false });
         Ok(Self {
             seg: Arc::new(seg),
             file: spare.file,

@@ -1,7 +1,7 @@
 //! Random work with power cuts, kills and failing disks at random moments, against the naive model.
 //! `VMFS_SEEDS=from..to` runs other seeds.
 
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
 
@@ -151,8 +151,16 @@ impl Sim {
         }
         let done = self.image.roll_back(target, keep);
         if trace() {
-            eprintln!("roll back to {target:?} of {top}: {done:?}; log from {}, commit {}", self.image.log_start(), self.commit);
-            eprintln!("{:?}\n{:?}", self.image.head_at(target.seq), self.image.update_at(target.seq).map(|u| u.map(|u| u.head())));
+            eprintln!(
+                "roll back to {target:?} of {top}: {done:?}; log from {}, commit {}",
+                self.image.log_start(),
+                self.commit
+            );
+            eprintln!(
+                "{:?}\n{:?}",
+                self.image.head_at(target.seq),
+                self.image.update_at(target.seq).map(|u| u.map(|u| u.head()))
+            );
         }
         let fork = done?;
         assert_eq!(fork.is_some(), keep && target != self.model.head());
@@ -208,8 +216,12 @@ impl Sim {
             if !copy || fills[piece.clone()] != next[piece.clone()] {
                 let blocks: Vec<Vec<u8>> = piece.clone().map(|i| block(i as u64, next[i])).collect();
                 let digests: Vec<_> = blocks.iter().map(|b| block_digest(b)).collect();
-                let payload: Vec<u8> =
-                    blocks.into_iter().zip(&digests).filter(|(_, d)| !d.is_zero()).flat_map(|(b, _)| b).collect();
+                let payload: Vec<u8> = blocks
+                    .into_iter()
+                    .zip(&digests)
+                    .filter(|(_, d)| !d.is_zero())
+                    .flat_map(|(b, _)| b)
+                    .collect();
                 import.write(BlockIndex(at), &digests, &payload)?;
             }
             at += n;
@@ -242,7 +254,12 @@ impl Sim {
     fn step(&mut self) -> Done {
         let what = self.rng.below(100);
         if trace() {
-            eprintln!("{what} head {} floor {} commit {}", self.image.head().seq, self.floor.seq, self.commit);
+            eprintln!(
+                "{what} head {} floor {} commit {}",
+                self.image.head().seq,
+                self.floor.seq,
+                self.commit
+            );
         }
         match what {
             0..=49 => self.write(),
@@ -288,7 +305,11 @@ impl Sim {
         self.image = self.store.image(IMAGE).expect("the image is there");
         let head = self.image.head();
         if trace() {
-            eprintln!("crash {kill}: head {head:?}, floor {:?} also {:?}", self.floor, self.also.as_ref().map(Model::head));
+            eprintln!(
+                "crash {kill}: head {head:?}, floor {:?} also {:?}",
+                self.floor,
+                self.also.as_ref().map(Model::head)
+            );
         }
         if let Some(also) = self.also.take()
             && (also.head() == head || self.model.at(head).is_none())

@@ -85,22 +85,12 @@ impl Overlay {
             self.root.inner_mut(&mut self.bytes)[0] = old;
         }
     }
-    /// Sets one block.
-    pub(crate) fn set(&mut self, at: u64, entry: Entry) {
-        debug_assert!(at < BLOCKS_MAX);
-        self.grow_to(at + 1);
-        let Self { root, level, bytes } = self;
-        let mut node = root;
-        for l in (1..=*level).rev() {
-            node = &mut node.inner_mut(bytes)[child(l, at)];
-        }
-        node.leaf_mut(bytes)[child(0, at)] = entry;
-    }
     /// Sets consecutive blocks.
     pub(crate) fn set_each(&mut self, start: u64, entries: &[Entry]) {
         if entries.is_empty() {
             return;
         }
+        debug_assert!(start + entries.len() as u64 <= BLOCKS_MAX);
         self.grow_to(start + entries.len() as u64);
         let Self { root, level, bytes } = self;
         let mut done = 0;
@@ -240,7 +230,7 @@ mod tests {
                         model[at].fill(Entry(what));
                     }
                     2 => {
-                        overlay.set(start, Entry(7 << 24));
+                        overlay.set_each(start, &[Entry(7 << 24)]);
                         model[at.start] = Entry(7 << 24);
                     }
                     3 => snapshots.push((overlay.clone(), model.clone())),

@@ -52,7 +52,14 @@ pub struct Maker {
     time: u64,
 }
 
-fn epoch_start(key: &HostKey, image: ImageId, number: u64, members: &MemberList, parent: &Tip, genesis: bool) -> (OwnerChain, Update) {
+fn epoch_start(
+    key: &HostKey,
+    image: ImageId,
+    number: u64,
+    members: &MemberList,
+    parent: &Tip,
+    genesis: bool,
+) -> (OwnerChain, Update) {
     let secret = EpochSecret::from_bytes([number as u8; 32]);
     let ballot = Epoch { number, host: key.host_id() };
     let proposal = Proposal {
@@ -117,7 +124,10 @@ impl Maker {
     }
     pub fn zero(&mut self, start: u64, count: u64, commit: Seq) -> Update {
         let op = Op::Zero { size_after_bytes: None };
-        self.op(Draft { op, start: BlockIndex(start), count: BlockCount(count), digests: vec![], flags: 0 }, commit)
+        self.op(
+            Draft { op, start: BlockIndex(start), count: BlockCount(count), digests: vec![], flags: 0 },
+            commit,
+        )
     }
     pub fn resize(&mut self, blocks: u64, commit: Seq) -> Update {
         self.op(Draft::op(Op::Resize { size_bytes: blocks * 4096 }), commit)
@@ -233,5 +243,45 @@ impl Model {
         if image.log_start() <= head.seq {
             assert_eq!(image.update_at(image.log_start()).unwrap().unwrap().header.seq, image.log_start());
         }
+    }
+}
+
+/// A store with one image, and its model.
+pub struct Rig {
+    pub disk: SimDisk,
+    pub cfg: StoreConfig,
+    pub store: Arc<Store>,
+    pub image: Arc<ImageStore>,
+    pub maker: Maker,
+    pub model: Model,
+}
+
+impl Rig {
+    pub fn new() -> Self {
+        Self::on(SimDisk::new(1 << 30))
+    }
+    pub fn on(disk: SimDisk) -> Self {
+        Self::with(disk, small())
+    }
+    pub fn with(disk: SimDisk, cfg: StoreConfig) -> Self {
+        let store = create(&disk, cfg.clone()).unwrap();
+        let image = store.create_image(IMAGE, MemberRole::Replica).unwrap();
+        let (maker, genesis) = Maker::genesis(IMAGE);
+        append(&image, &genesis, &[]).unwrap();
+        let mut model = Model::new();
+        model.push(&genesis, &[], |_| {});
+        Self { disk, cfg, store, image, maker, model }
+    }
+    pub fn write(&mut self, start: u64, fills: &[u64]) {
+        let data: Vec<u8> = fills.iter().zip(start..).flat_map(|(f, i)| block(i, *f)).collect();
+        let (u, payload) = self.maker.write(start, &data, Seq::ZERO);
+        append(&self.image, &u, &payload).unwrap();
+        self.model
+            .push(&u, &payload, |m| m[start as usize..start as usize + fills.len()].copy_from_slice(fills));
+    }
+    pub fn reopen(&mut self, disk: SimDisk) {
+        self.disk = disk;
+        self.store = open(&self.disk, self.cfg.clone()).unwrap();
+        self.image = self.store.image(IMAGE).unwrap();
     }
 }

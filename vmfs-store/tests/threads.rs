@@ -1,0 +1,126 @@
+//! Everything at once: an appender, flushers, readers, a feeder, checkpoints.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use common::{DATASTORE, HOST, IMAGE, Maker, STORE, append, block, small};
+use vmfs_common::policy::MemberRole;
+use vmfs_common::{BlockIndex, ImageId, Seq};
+use vmfs_store::disk::FileDisk;
+use vmfs_store::{Store, StoreConfig};
+
+const UPDATES: u64 = 6000;
+
+#[test]
+fn readers_feeder_flushers_and_checkpoints_run_beside_appends() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FileDisk::open(dir.path()).unwrap());
+    let cfg = StoreConfig { retain_log_bytes_max: 1 << 20, segment_bytes_max: 1 << 20, ..small() };
+    let store = Store::create(disk, DATASTORE, HOST, STORE, cfg.clone()).unwrap();
+    let image = store.create_image(IMAGE, MemberRole::Replica).unwrap();
+    let (mut maker, genesis) = Maker::genesis(IMAGE);
+    append(&image, &genesis, &[]).unwrap();
+    let done = AtomicBool::new(false);
+    let flushed = AtomicU64::new(0);
+    let stop = || done.load(Ordering::Acquire);
+    // Block i always holds (i, n) for an n that never falls: readers can tell old from wrong.
+    let value = |b: &[u8]| u64::from_le_bytes(b[..8].try_into().unwrap());
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            for n in 1..=UPDATES {
+                let start = (n * 31) % 60;
+                let data: Vec<u8> = (start..start + 3).flat_map(|i| block(i, n)).collect();
+                let (u, payload) = maker.write(start, &data, Seq(flushed.load(Ordering::Acquire)));
+                append(&image, &u, &payload).unwrap();
+            }
+            done.store(true, Ordering::Release);
+        });
+        for _ in 0..2 {
+            s.spawn(|| {
+                while !stop() {
+                    let before = image.head();
+                    let head = image.sync().unwrap();
+                    assert!(head.seq >= before.seq);
+                    flushed.fetch_max(head.seq.0, Ordering::AcqRel);
+                }
+            });
+        }
+        s.spawn(|| {
+            while !stop() {
+                store.background(1 << 20).unwrap();
+                store.put_meta(IMAGE, b"x").unwrap();
+            }
+        });
+        for _ in 0..2 {
+            s.spawn(|| {
+                let mut seen = vec![0u64; 64];
+                let mut buf = vec![0u8; 64 * 4096];
+                while !stop() {
+                    let view = image.view();
+                    image.read(BlockIndex(0), &mut buf).unwrap();
+                    for (i, b) in buf.chunks_exact(4096).enumerate() {
+                        let v = value(b);
+                        assert!(v == 0 || (v - i as u64 * 1_000_003) % 7919 == 0, "block {i}");
+                        assert!(v >= seen[i], "block {i} went back");
+                        seen[i] = v;
+                    }
+                    let mut shown = vec![0u8; 64 * 4096];
+                    view.read(BlockIndex(0), &mut shown).unwrap();
+                    let digests = view.digests(BlockIndex(0), 64).unwrap();
+                    for (b, d) in shown.chunks_exact(4096).zip(digests) {
+                        assert_eq!(vmfs_common::hash::block_digest(b), d);
+                    }
+                }
+            });
+        }
+        s.spawn(|| {
+            let mut next = Seq(1);
+            while !stop() {
+                match image.read_log(next, 1 << 16) {
+                    Ok(entries) => {
+                        for e in entries {
+                            assert_eq!(e.update.header.seq, next);
+                            next = next.next();
+                        }
+                    }
+                    Err(vmfs_store::StoreError::Trimmed { log_start }) => next = log_start,
+                    Err(e) => panic!("{e} at {next}"),
+                }
+            }
+        });
+    });
+    image.sync().unwrap();
+    let report = image.verify(&mut |_, _| {}).unwrap();
+    assert!(report.bad_blocks.is_empty() && report.bad_updates.is_empty());
+    let head = image.head();
+    drop((image, store));
+    let disk = Arc::new(FileDisk::open(dir.path()).unwrap());
+    let store = Store::open(disk, DATASTORE, HOST, cfg).unwrap();
+    assert_eq!(store.image(IMAGE).unwrap().head(), head);
+}
+
+#[test]
+fn promises_of_many_images_share_syncs() {
+    let disk = vmfs_store::simdisk::SimDisk::new(1 << 26);
+    let store = common::create(&disk, small()).unwrap();
+    std::thread::scope(|s| {
+        for n in 0..8u8 {
+            let store = &store;
+            s.spawn(move || {
+                for i in 0..50u64 {
+                    let key = ImageId::from_bytes([n; 16]);
+                    store.put_meta(key, &i.to_le_bytes()).unwrap();
+                    assert_eq!(**store.get_meta(key).unwrap(), i.to_le_bytes());
+                }
+            });
+        }
+    });
+    let store = common::open(&disk.power_cut(1), small()).unwrap();
+    for n in 0..8u8 {
+        assert_eq!(**store.get_meta(ImageId::from_bytes([n; 16])).unwrap(), 49u64.to_le_bytes());
+    }
+}
