@@ -5,3 +5,4 @@
 //! crate (they are beside their code) and anything that ships.
 
 pub mod harness;
+pub mod sim;

@@ -1,0 +1,232 @@
+//! What fate and operators do to a cluster while it runs.
+
+use vmfs_common::policy::{Acks, ImagePolicy, MemberRole, OnQuorumLoss};
+use vmfs_proto::Input;
+
+use super::At;
+use super::world::World;
+
+/// Most hosts of a run.
+const HOSTS_MAX: usize = 7;
+
+/// Which kinds of trouble a run has: most runs have some, so that each is met alone and together.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    crashes: bool,
+    disk: bool,
+    full: bool,
+    network: bool,
+    slow: bool,
+    promotions: bool,
+    members: bool,
+    wipes: bool,
+    forced: bool,
+    replays: bool,
+}
+
+impl Plan {
+    pub(crate) fn new(w: &mut World) -> Self {
+        let none = std::env::var_os("VMFS_SIM_CALM").is_some();
+        let mut some = |n: u64| w.rng.below(10) < n && !none;
+        let plan = Self {
+            crashes: some(7),
+            disk: some(3),
+            full: some(2),
+            network: some(7),
+            slow: some(3),
+            promotions: some(7),
+            members: some(4),
+            wipes: some(2),
+            forced: some(1),
+            replays: some(3),
+        };
+        w.note(|| format!("{plan:?}"));
+        plan
+    }
+}
+
+impl World {
+    /// An operator does something, or two do.
+    pub(crate) fn operator(&mut self, plan: &Plan, at: At) {
+        let other = self.rng.index(self.hosts.len());
+        match self.rng.below(8) {
+            0 if plan.promotions => {
+                self.order(at, |token| Input::Promote { force: false, token });
+                if self.rng.one_in(3) && other != at {
+                    self.order(other, |token| Input::Promote { force: false, token });
+                }
+            }
+            1 if plan.promotions => {
+                let to = self.host_id(other);
+                let from = self.owner().unwrap_or(at);
+                self.order(from, |token| Input::Handover { to, token });
+            }
+            2 | 3 if plan.members => self.change_members(),
+            4 if plan.forced && self.rng.one_in(6) => {
+                self.order(at, |token| Input::Promote { force: true, token });
+            }
+            5 if self.rng.one_in(10) => {
+                self.order(at, |token| Input::Fail { token });
+            }
+            _ => {}
+        }
+    }
+
+    fn change_members(&mut self) {
+        let Some(owner) = self.owner() else { return };
+        let state = self.hosts[owner].machine().expect("invariant: it serves").state().clone();
+        let host = self.rng.index(self.hosts.len());
+        match self.rng.below(5) {
+            0 if self.hosts.len() < HOSTS_MAX => {
+                let role = if self.rng.one_in(3) { MemberRole::Witness } else { MemberRole::Replica };
+                let at = self.add_host(role);
+                let member = self.hosts[at].member();
+                self.order(owner, |token| Input::AddMember { member, token });
+            }
+            0 | 1 => {
+                let member = self.hosts[host].member();
+                self.order(owner, |token| Input::AddMember { member, token });
+            }
+            2 if state.members.len() > 2 => {
+                let host = self.host_id(host);
+                self.order(owner, |token| Input::RemoveMember { host, token });
+            }
+            _ => {
+                let policy = ImagePolicy {
+                    acks: [Acks::Majority, Acks::Majority, Acks::All, Acks::Local][self.rng.index(4)],
+                    on_quorum_loss: if self.rng.one_in(2) { OnQuorumLoss::Degrade } else { OnQuorumLoss::Stall },
+                };
+                self.order(owner, |token| Input::SetPolicy { policy, token });
+            }
+        }
+    }
+
+    /// Fate strikes.
+    pub(crate) fn fault(&mut self, plan: &Plan) {
+        let n = self.hosts.len();
+        let (a, b) = (self.rng.index(n), self.rng.index(n));
+        match self.rng.below(24) {
+            0 if plan.crashes => {
+                self.power_cut(a);
+            }
+            1 | 2 if plan.crashes && self.hosts[a].stop_call.is_none() => {
+                // At some disk call before long.
+                let call = self.hosts[a].disk.calls() + self.rng.below(40);
+                self.hosts[a].disk.stop_at_call(Some(call));
+                self.hosts[a].stop_call = Some(call);
+                self.note(|| format!("{a} will lose power at disk call {call}"));
+            }
+            3 if plan.crashes => self.kill(a),
+            4 if plan.crashes && self.rng.one_in(6) => (0..n).for_each(|at| self.power_cut(at)),
+            5 if plan.network && a != b => self.reset(a, b),
+            6 if plan.network && a != b => self.connect(a, b),
+            7 if plan.network => self.set_open(a, b, false),
+            8 if plan.network => {
+                self.set_open(a, b, false);
+                self.set_open(b, a, false);
+            }
+            9 if plan.network => (0..n).for_each(|x| {
+                self.set_open(a, x, false);
+                self.set_open(x, a, false);
+            }),
+            10..=12 => {
+                self.set_open(a, b, true);
+                self.set_open(b, a, true);
+            }
+            13 => (0..n).for_each(|x| {
+                self.set_open(a, x, true);
+                self.set_open(x, a, true);
+            }),
+            14 if plan.slow && a != b => {
+                let (delay, rate) = (self.rng.below(80_000), [0, 20, 200][self.rng.index(3)]);
+                let way = self.net.way(a, b);
+                (way.delay, way.rate) = (delay, rate);
+            }
+            15 if plan.disk => self.break_disk(a),
+            16 => self.mend_disk(a),
+            17 if plan.full => self.fill_disk(a),
+            18 if plan.wipes && self.rng.one_in(4) => self.wipe_a_minority(a),
+            19 | 20 if plan.replays => self.replay(),
+            21 if self.rng.one_in(4) => {
+                // The wall clock jumps.
+                self.hosts[a].wall_skew_ns = 1_600_000_000_000_000_000 + (self.rng.next() >> 4);
+            }
+            _ => {}
+        }
+    }
+
+    fn break_disk(&mut self, at: At) {
+        self.hosts[at].faulty = true;
+        if self.rng.one_in(2) {
+            self.note(|| format!("syncs of {at} fail"));
+            self.hosts[at].disk.fail_syncs(true);
+        } else {
+            let call = self.hosts[at].disk.calls() + self.rng.below(30);
+            self.note(|| format!("disk call {call} of {at} will fail"));
+            self.hosts[at].disk.fail_call(Some(call));
+        }
+    }
+
+    fn fill_disk(&mut self, at: At) {
+        let room = self.rng.below(1 << 20);
+        let host = &mut self.hosts[at];
+        host.full = true;
+        host.disk.set_capacity_bytes(host.disk.used_bytes() + room);
+        self.note(|| format!("the disk of {at} has {room} bytes left"));
+    }
+
+    /// The disk works again; an image that has stopped over it is taken up anew.
+    pub(crate) fn mend_disk(&mut self, at: At) {
+        let host = &mut self.hosts[at];
+        if !host.faulty && !host.full {
+            return;
+        }
+        host.disk.fail_syncs(false);
+        host.disk.fail_call(None);
+        host.disk.set_capacity_bytes(1 << 30);
+        self.note(|| format!("the disk of {at} works"));
+        if self.rng.one_in(2) {
+            self.power_cut(at);
+        } else {
+            self.kill(at);
+        }
+        (self.hosts[at].faulty, self.hosts[at].full) = (false, false);
+    }
+
+    /// A disk is lost, if that is no more than the members can bear.
+    fn wipe_a_minority(&mut self, at: At) {
+        let Some(owner) = self.owner() else { return };
+        let machine = self.hosts[owner].machine().expect("invariant: it serves");
+        let now = self.hosts[owner].now(self.now);
+        let (state, status) = (machine.state(), machine.status(now));
+        let strict = state.policy == ImagePolicy { acks: Acks::Majority, on_quorum_loss: OnQuorumLoss::Stall };
+        let settled = status.commit >= state.config_seq && !status.degraded && !status.forced;
+        let gone = |m: &vmfs_common::policy::Member| {
+            let host = self.hosts.iter().find(|h| h.id.host == m.host);
+            host.is_none_or(|h| h.id.store != m.store)
+        };
+        let lost = state.members.all().iter().filter(|m| gone(m)).count();
+        let bearable = state.members.len().saturating_sub(1) / 2;
+        let data = state.members.data_members().filter(|m| !gone(m)).count();
+        if !strict || !settled || at == owner || self.oracle.wiped || lost + 1 > bearable || data < 2 {
+            return;
+        }
+        self.oracle.wiped = true;
+        self.wipe(at);
+    }
+
+    /// Something that was said before is said again, by the same host.
+    fn replay(&mut self) {
+        if self.oracle.heard.is_empty() {
+            return;
+        }
+        let i = self.rng.index(self.oracle.heard.len());
+        let (from, to, packet) = self.oracle.heard[i].clone();
+        if !super::oracle::may_be_replayed(&packet) || self.net.session(to, from).is_none() {
+            return;
+        }
+        self.note(|| format!("{from} says something again to {to}"));
+        self.receive(from, to, &packet);
+        self.settle(to);
+    }
+}

@@ -1,0 +1,136 @@
+//! The simulator: whole clusters of the real state machines (`vmfs_proto::Machine`) and the real store on
+//! a faulty disk (`vmfs_store::simdisk`), over a faulty network, in virtual time, on one thread. The same
+//! seed is the same run.
+//!
+//! A run is faults first, under oracles that know nothing of the code under test ([`oracle`], [`model`]);
+//! then everything is healed, and the cluster has to converge ([`converge`]).
+//!
+//! - [`world`]: clock, events, hosts going up and down
+//! - [`drive`]: carrying out a machine's outputs, as the engine of `vmfs-replica` does
+//! - [`link`], [`line`]: the network; what one host has to say to another
+//! - [`blocksync`]: block-level sync, in steps
+//! - [`schedule`]: what guests, operators and fate do
+//!
+//! Not here: sockets, threads, the mount, and a second image (images share nothing but the meta journal).
+
+mod blocksync;
+mod converge;
+mod drive;
+mod faults;
+mod host;
+mod line;
+mod link;
+mod model;
+mod network;
+mod oracle;
+mod rng;
+mod schedule;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use world::World;
+
+/// Index of a host in its cluster.
+type At = usize;
+
+/// What a run has seen, to show that it tests something.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Updates made by all owners.
+    pub updates: u64,
+    /// Flushes acknowledged to guests.
+    pub flushes: u64,
+    /// Epochs that were served.
+    pub epochs: u64,
+    /// Power cuts, kills and wipes.
+    pub crashes: u64,
+    /// Roll-backs that kept a fork.
+    pub forks: u64,
+    /// Block-level syncs completed.
+    pub imports: u64,
+    /// Promotions, hand-overs and changes of members and policy that succeeded.
+    pub operations: u64,
+    /// Blocks read and compared.
+    pub blocks_checked: u64,
+    /// Milliseconds of virtual time.
+    pub virtual_ms: u64,
+    /// Hash over everything that happened, in order.
+    pub fingerprint: u64,
+}
+
+impl Tally {
+    /// Adds another run's numbers; fingerprints are combined.
+    pub const fn add(&mut self, other: &Self) {
+        self.updates += other.updates;
+        self.flushes += other.flushes;
+        self.epochs += other.epochs;
+        self.crashes += other.crashes;
+        self.forks += other.forks;
+        self.imports += other.imports;
+        self.operations += other.operations;
+        self.blocks_checked += other.blocks_checked;
+        self.virtual_ms += other.virtual_ms;
+        self.fingerprint ^= other.fingerprint;
+    }
+}
+
+/// A promise was broken, or the cluster did not converge.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    /// Replays the run.
+    pub seed: u64,
+    /// Replays the run.
+    pub ticks: u64,
+    /// What was found.
+    pub what: String,
+    /// The last events before it.
+    pub trace: Vec<String>,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "seed {} fails: {}", self.seed, self.what)?;
+        for line in &self.trace {
+            writeln!(f, "    {line}")?;
+        }
+        write!(f, "  replay: cargo run --release -p integration --bin sim -- --seed {} --ticks {} --runs 1", self.seed, self.ticks)
+    }
+}
+
+/// Lines of trace kept.
+const TRACE_LINES: usize = 120;
+
+/// One run: `ticks` random actions, then convergence.
+///
+/// # Errors
+/// The first promise found broken, with the trace of the events before it.
+pub fn run(seed: u64, ticks: u64) -> Result<Tally, Box<Failure>> {
+    attempt(seed, ticks, false).map_err(|(what, _)| explain(seed, ticks, &what))
+}
+
+fn explain(seed: u64, ticks: u64, what: &str) -> Box<Failure> {
+    let (again, trace) = match attempt(seed, ticks, true) {
+        Err((again, trace)) => (again, trace),
+        Ok(_) => ("nothing".to_owned(), Vec::new()),
+    };
+    let what = if again == what { again } else { format!("{what}\n  and again, differently: {again}") };
+    Box::new(Failure { seed, ticks, what, trace })
+}
+
+fn attempt(seed: u64, ticks: u64, trace: bool) -> Result<Tally, (String, Vec<String>)> {
+    let mut world = World::new(seed, trace);
+    let panicked = catch_unwind(AssertUnwindSafe(|| schedule::run(&mut world, ticks)));
+    let what = match panicked {
+        Ok(()) => world.violation.take(),
+        Err(cause) => {
+            let text = cause.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| cause.downcast_ref::<&str>().copied());
+            Some(format!("panic: {}", text.unwrap_or("without a message")))
+        }
+    };
+    match what {
+        None => Ok(world.tally()),
+        Some(what) => Err((what, world.take_trace(TRACE_LINES))),
+    }
+}

@@ -1,0 +1,419 @@
+//! What must hold, whatever the machines and the stores think. Checked after every step.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use vmfs_common::header::Update;
+use vmfs_common::msg::ImageMsg;
+use vmfs_common::policy::{Acks, MemberRole};
+use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Epoch, Head, HostId};
+use vmfs_proto::{FlushError, Loss, Machine, OpError, OpOutcome};
+use vmfs_store::{ForkInfo, Store};
+
+use super::At;
+use super::host::IMAGE;
+use super::link::Packet;
+use super::model::{BLOCKS, Effect, Ix, is_lax};
+use super::world::World;
+
+/// Packets remembered for replays.
+const HEARD_MAX: usize = 64;
+
+/// An acknowledged flush.
+#[derive(Debug, Clone, Copy)]
+struct Acked {
+    target: Ix,
+    epoch: Epoch,
+    /// The policy in force allows it to be lost with one host.
+    lax: bool,
+}
+
+/// The record kept.
+#[derive(Debug, Default)]
+pub(crate) struct Oracle {
+    asked: BTreeMap<u64, Ix>,
+    acked: Vec<Acked>,
+    /// Owners that have served, with their `EpochStart`.
+    served: BTreeMap<Epoch, Ix>,
+    pub(crate) answers: BTreeMap<u64, Result<OpOutcome, OpError>>,
+    pub(crate) flushed: BTreeMap<u64, Result<(), FlushError>>,
+    /// A disk was lost or damaged: the number of copies cannot be relied on.
+    pub(crate) wiped: bool,
+    pub(crate) heard: Vec<(At, At, Packet)>,
+    proposals: BTreeMap<Digest, Epoch>,
+}
+
+impl World {
+    /// An owner has made an update.
+    pub(crate) fn made(&mut self, at: At, update: &Update, effect: Effect, forced: bool) {
+        self.note(|| {
+            let text: String = format!("{:?}", update.header.op).chars().take(60).collect();
+            format!("{at} makes {} of {}: {text}", update.header.seq, update.header.epoch)
+        });
+        if let Err(e) = self.model.add(update.head(), update.header.parent, effect, forced) {
+            self.fail(format!("host {at}: {e}"));
+        }
+    }
+
+    /// A copy has taken an update.
+    pub(crate) fn taken(&mut self, at: At, update: &Update) {
+        if self.model.find(update.head()).is_none() {
+            self.fail(format!("host {at} has taken an update that no owner made: {:?}", update.head()));
+        }
+    }
+
+    fn head_ix(&mut self, at: At, head: Head) -> Option<Ix> {
+        let ix = self.model.find(head);
+        if ix.is_none() {
+            self.fail(format!("host {at} holds {head:?}, which no owner ever made"));
+        }
+        ix
+    }
+
+    /// Everything up to `head` is durable at a host, as its store says.
+    pub(crate) fn durable(&mut self, at: At, head: Head) {
+        if let Some(ix) = self.head_ix(at, head) {
+            self.hosts[at].known.durable = ix;
+        }
+    }
+
+    /// A copy went from one head to another that need not contain it.
+    pub(crate) fn cut(&mut self, at: At, from: Head, to: Head, fork: Option<&ForkInfo>) {
+        let (Some(old), Some(new)) = (self.head_ix(at, from), self.head_ix(at, to)) else { return };
+        self.hosts[at].known.durable = new;
+        if !self.model.contains(new, old) {
+            match fork {
+                None => self.fail(format!("host {at} cut {from:?} down to {to:?} and kept no fork")),
+                Some(f) if f.head != from => {
+                    self.fail(format!("host {at} cut {from:?}, and the fork ends at {:?}", f.head));
+                }
+                Some(f) if self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) => {
+                    self.fail(format!("the fork {} of host {at} has a wrong ancestor", f.name));
+                }
+                Some(_) => self.counts.forks += 1,
+            }
+        }
+        if let Some(f) = fork {
+            self.hosts[at].known.forks.insert(f.name.clone());
+            self.check_forks(at);
+        }
+        self.check_copy(at, 0, BLOCKS);
+    }
+
+    fn check_forks(&mut self, at: At) {
+        let Some(copy) = self.hosts[at].copy() else { return };
+        let store = copy.store.clone();
+        let listed = store.forks();
+        let missing = self.hosts[at].known.forks.iter().find(|n| !listed.iter().any(|f| f.name == **n)).cloned();
+        if let Some(name) = missing {
+            return self.fail(format!("host {at} no longer lists the fork {name}"));
+        }
+        for fork in listed {
+            let Some(head) = self.head_ix(at, fork.head) else { return };
+            let mut next = fork.ancestor.seq.next();
+            while next <= fork.head.seq {
+                let entries = match store.read_fork(&fork.name, next, 256 << 10) {
+                    Ok(entries) if !entries.is_empty() => entries,
+                    Ok(_) => return self.fail(format!("fork {} of host {at} ends before {next}", fork.name)),
+                    Err(e) => {
+                        return self.store_error(at, &e, "reading a fork");
+                    }
+                };
+                for e in entries {
+                    let known = self.model.find(e.update.head());
+                    if known.is_none_or(|ix| !self.model.contains(head, ix)) {
+                        return self.fail(format!("fork {} of host {at} holds a foreign update", fork.name));
+                    }
+                    next = e.update.header.seq.next();
+                }
+            }
+        }
+    }
+
+    /// Reads blocks of a copy and compares them with the state after the update it claims to be at.
+    pub(crate) fn check_copy(&mut self, at: At, first: usize, count: usize) {
+        let Some(copy) = self.hosts[at].copy() else { return };
+        let store = copy.store.clone();
+        let head = store.head();
+        let Some(ix) = self.head_ix(at, head) else { return };
+        let size = self.model.node(ix).blocks * BLOCK_BYTES;
+        if store.state().size_bytes != size as u64 {
+            self.fail(format!("host {at} at {head:?} has {} bytes, not {size}", store.state().size_bytes));
+        }
+        if store.kind() == MemberRole::Witness {
+            return;
+        }
+        let mut bytes = vec![0u8; count * BLOCK_BYTES];
+        if let Err(e) = store.read(BlockIndex(first as u64), &mut bytes) {
+            return self.store_error(at, &e, "reading blocks");
+        }
+        self.counts.blocks_checked += count as u64;
+        if let Err(e) = self.model.check(ix, first, &bytes) {
+            self.fail(format!("host {at}: {e}"));
+        }
+    }
+
+    /// Pins the present state, or checks the pinned one.
+    pub(crate) fn check_pinned(&mut self, at: At) {
+        let Some(copy) = self.hosts[at].copy_mut() else { return };
+        if copy.store.kind() == MemberRole::Witness {
+            return;
+        }
+        let Some((view, ix)) = copy.pinned.take() else {
+            let view = copy.store.view();
+            if let Some(ix) = self.head_ix(at, view.head())
+                && let Some(copy) = self.hosts[at].copy_mut()
+            {
+                copy.pinned = Some((view, ix));
+            }
+            return;
+        };
+        let mut bytes = vec![0u8; BLOCKS * BLOCK_BYTES];
+        match view.read(BlockIndex(0), &mut bytes) {
+            Ok(()) => {
+                if let Err(e) = self.model.check(ix, 0, &bytes) {
+                    self.fail(format!("a pinned state of host {at}: {e}"));
+                }
+            }
+            Err(e) => self.store_error(at, &e, "reading a pinned state"),
+        }
+    }
+
+    /// A store was opened: what was durable is there, and nothing that nobody made.
+    pub(crate) fn check_reopened(&mut self, at: At, store: &Arc<Store>) {
+        let damaged = store.damaged();
+        if !damaged.is_empty() {
+            return self.fail(format!("host {at} finds its image damaged after a restart: {damaged:?}"));
+        }
+        let known = &self.hosts[at].known;
+        let meta = store.get_meta(IMAGE).map(|m| m.to_vec());
+        let good = meta == known.meta || (meta.is_some() && meta == known.meta_maybe);
+        let durable = known.durable;
+        if !good {
+            return self.fail(format!("host {at} has lost its promises in a restart"));
+        }
+        self.hosts[at].known.meta = meta;
+        let Some(copy) = store.image(IMAGE) else {
+            if durable != 0 {
+                self.fail(format!("host {at} has lost its copy in a restart"));
+            }
+            return;
+        };
+        let head = copy.head();
+        let Some(ix) = self.head_ix(at, head) else { return };
+        if !self.model.contains(ix, durable) {
+            let had = self.model.node(durable).head;
+            return self.fail(format!("host {at} had {had:?} durable and restarts with {head:?}"));
+        }
+        if copy.durable_head() != head {
+            return self.fail(format!("host {at} restarts with a head that is not durable"));
+        }
+        self.hosts[at].known.durable = ix;
+    }
+
+    /// What a host says of itself: nothing before it is durable, no promise broken.
+    pub(crate) fn check_said(&mut self, at: At, _machine: &Machine, msg: &ImageMsg) {
+        let known = &self.hosts[at].known;
+        match msg {
+            ImageMsg::Ack { head, .. } => {
+                if self.model.find(*head).is_none_or(|ix| !self.model.contains(known.durable, ix)) {
+                    let durable = self.model.node(known.durable).head;
+                    self.fail(format!("host {at} acknowledges {head:?} with {durable:?} durable"));
+                } else if let Some((ballot, _, _)) = known.vote
+                    && head.epoch < ballot
+                {
+                    self.fail(format!("host {at} acknowledges {head:?} after a vote for {ballot}"));
+                }
+            }
+            ImageMsg::Voted { vote, .. } => {
+                let durable = self.model.node(known.durable).head;
+                let wrong = match known.vote {
+                    _ if vote.head != durable => Some(format!("with {durable:?} durable")),
+                    Some((b, p, h)) if p == vote.proposal && h != vote.head => {
+                        Some(format!("and had voted {h:?} for {b}"))
+                    }
+                    _ => None,
+                };
+                if let Some(wrong) = wrong {
+                    return self.fail(format!("host {at} votes {:?} {wrong}", vote.head));
+                }
+                let Some(promised) = self.oracle.proposals.get(&vote.proposal).copied() else {
+                    return self.fail(format!("host {at} votes for a proposal that nobody made"));
+                };
+                if let Some((before, proposal, _)) = self.hosts[at].known.vote
+                    && (promised < before || (promised == before && proposal != vote.proposal))
+                {
+                    return self.fail(format!("host {at} votes for {promised} after {before}"));
+                }
+                self.hosts[at].known.vote = Some((promised, vote.proposal, vote.head));
+            }
+            ImageMsg::Propose { proposal, .. } => {
+                self.oracle.proposals.insert(proposal.digest(), proposal.ballot);
+            }
+            _ => {}
+        }
+    }
+
+    /// Remembers a packet, for replays.
+    pub(crate) fn remember(&mut self, from: At, to: At, packet: &Packet) {
+        if self.oracle.heard.len() == HEARD_MAX {
+            self.oracle.heard.remove(0);
+        }
+        self.oracle.heard.push((from, to, packet.clone()));
+    }
+
+    // --- flushes and owners ---
+
+    /// A guest asks for a flush of what it has written.
+    pub(crate) fn flush_begins(&mut self, at: At, token: u64) {
+        let Some(copy) = self.hosts[at].copy() else { return };
+        let head = copy.store.head();
+        if let Some(ix) = self.head_ix(at, head) {
+            self.oracle.asked.insert(token, ix);
+        }
+    }
+
+    pub(crate) fn flush_done(&mut self, at: At, m: &Machine, token: u64, result: Result<(), FlushError>) {
+        self.oracle.flushed.insert(token, result);
+        self.note(|| format!("{at} answers flush {token}: {result:?}"));
+        let Some(target) = self.oracle.asked.remove(&token).filter(|_| result.is_ok()) else { return };
+        self.counts.flushes += 1;
+        let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
+        let Some(own) = self.head_ix(at, store.head()) else { return };
+        if !self.model.contains(own, target) {
+            let head = self.model.node(target).head;
+            return self.fail(format!("host {at} acknowledges a flush of {head:?}, which it has lost"));
+        }
+        let state = m.state();
+        let lax = is_lax(state.policy.acks, state.policy.on_quorum_loss, state.members.len());
+        self.check_copies(at, m, target, lax);
+        let epoch = m.state().head().epoch;
+        let acked = Acked { target, epoch, lax };
+        let mut wrong = None;
+        for (later, start) in self.oracle.served.range(epoch..).filter(|(e, _)| **e > epoch) {
+            if !lax && !self.model.contains(*start, target) && !self.model.split_by_force(*start, target) {
+                wrong = Some(*later);
+            }
+        }
+        if let Some(later) = wrong {
+            let head = self.model.node(target).head;
+            return self.fail(format!(
+                "host {at} acknowledges a flush of {head:?}, and {later} has served without it"
+            ));
+        }
+        let model = &self.model;
+        self.oracle.acked.retain(|a| !model.contains(target, a.target) || (lax && !a.lax));
+        self.oracle.acked.push(acked);
+    }
+
+    /// The copies that an acknowledged flush claims to have.
+    fn check_copies(&mut self, at: At, m: &Machine, target: Ix, lax: bool) {
+        if lax || self.oracle.wiped {
+            return;
+        }
+        let (state, degraded) = (m.state(), m.status(self.hosts[at].now(self.now)).degraded);
+        let holds = |h: HostId| {
+            let host = self.hosts.iter().find(|x| x.id.host == h);
+            host.is_some_and(|x| self.model.contains(x.known.durable, target))
+        };
+        let headers = state.members.all().iter().filter(|x| holds(x.host)).count();
+        let data = state.members.data_members().filter(|x| holds(x.host)).count();
+        let may_degrade = state.policy.on_quorum_loss == vmfs_common::policy::OnQuorumLoss::Degrade;
+        let all = state.policy.acks == Acks::All && !may_degrade;
+        let need = if all { state.members.len() } else { state.members.quorum() };
+        let copies = if degraded || may_degrade { 1 } else { state.members.data_copies() };
+        let copies = copies.min(state.members.data_members().count());
+        if headers < need || data < copies {
+            let head = self.model.node(target).head;
+            self.fail(format!(
+                "host {at} acknowledges a flush of {head:?} with {headers} of {need} headers and {data} of \
+                 {copies} copies durable"
+            ));
+        }
+    }
+
+    pub(crate) fn op_done(&mut self, at: At, token: u64, result: Result<OpOutcome, OpError>) {
+        self.note(|| format!("{at} answers operation {token}: {result:?}"));
+        if result.is_ok() {
+            self.counts.operations += 1;
+        }
+        if let Ok(OpOutcome::Promoted { loss, epoch, .. }) = &result {
+            self.check_loss(at, *loss, *epoch);
+        }
+        self.oracle.answers.insert(token, result);
+    }
+
+    /// "Nothing acknowledged is missing" is said only when it is so.
+    fn check_loss(&mut self, at: At, loss: Loss, epoch: Epoch) {
+        let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
+        let Some(own) = self.head_ix(at, store.head()) else { return };
+        let missing = |a: &&Acked| {
+            a.epoch < epoch && !self.model.contains(own, a.target) && !self.forced_away(own, a.target)
+        };
+        let missing = self.oracle.acked.iter().find(missing).map(|a| self.model.node(a.target).head);
+        if let Some(head) = missing.filter(|_| loss == Loss::Nothing) {
+            self.fail(format!("host {at} is promoted, says that nothing is missing, and lacks {head:?}"));
+        }
+    }
+
+    /// True when `target` belongs to a separate lineage that `own` never was part of.
+    fn forced_away(&self, own: Ix, target: Ix) -> bool {
+        let at = self.model.common(own, target);
+        self.model.node(target).forced > self.model.node(at).forced
+    }
+
+    /// After every event at a host.
+    pub(crate) fn observe(&mut self, at: At) {
+        let Some(copy) = self.hosts[at].copy() else { return };
+        let Some(machine) = &copy.machine else { return };
+        let (head, stored) = (machine.state().head(), copy.store.head());
+        let failed = copy.store.latched().is_some();
+        if head != stored && !failed && copy.pull.is_none() && !machine.describe_role().starts_with("failed") {
+            return self.fail(format!("host {at}: the machine is at {head:?}, the store at {stored:?}"));
+        }
+        if !machine.is_open_owner() || self.oracle.served.contains_key(&head.epoch) {
+            return;
+        }
+        let Some(start) = machine.state().epoch_start().map(|e| e.start) else { return };
+        let Some(own) = self.head_ix(at, start) else { return };
+        self.note(|| format!("{at} serves as the owner of {}", head.epoch));
+        self.counts.epochs += 1;
+        self.oracle.served.insert(head.epoch, own);
+        let lost = |a: &&Acked| {
+            !a.lax && a.epoch < head.epoch && !self.model.contains(own, a.target)
+                && !self.model.split_by_force(own, a.target)
+        };
+        let lost = self.oracle.acked.iter().find(lost).map(|a| self.model.node(a.target).head);
+        if let Some(lost) = lost {
+            self.fail(format!("host {at} serves {} without the acknowledged {lost:?}", head.epoch));
+        }
+    }
+}
+
+/// Replays of what a host has said are harmless, except of acknowledgements and statements of what it
+/// holds: those would be lies.
+pub(crate) fn may_be_replayed(packet: &Packet) -> bool {
+    match packet {
+        Packet::Update(..) => true,
+        Packet::Control(bytes) => matches!(
+            vmfs_common::msg::decode::<ImageMsg>(bytes),
+            Ok(ImageMsg::Offer { .. }
+                | ImageMsg::Propose { .. }
+                | ImageMsg::Voted { .. }
+                | ImageMsg::Sync { .. }
+                | ImageMsg::Headers { .. }
+                | ImageMsg::FetchUpdates { .. }
+                | ImageMsg::FetchHeaders { .. }
+                | ImageMsg::WhoOwns { .. }
+                | ImageMsg::VoteRefused { .. })
+        ),
+        _ => false,
+    }
+}
+
+impl Oracle {
+    /// True when a flush of this epoch was acknowledged.
+    pub(crate) fn acked_seq(&self, epoch: Epoch) -> bool {
+        self.acked.iter().any(|a| a.epoch == epoch)
+    }
+}
