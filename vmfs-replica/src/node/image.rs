@@ -215,6 +215,9 @@ impl Image {
 
     pub(super) fn appended(&self, update: &Update, payload: Bytes) {
         self.head.store(update.header.seq.0, Ordering::Release);
+        if let Some(node) = self.node.upgrade() {
+            node.appended_bytes.fetch_add(payload.len() as u64, Ordering::Relaxed);
+        }
         let lines = self.lines.lock();
         if lines.is_empty() {
             return;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -20,6 +21,10 @@ const TICK_MS: u64 = 10;
 const SLOW_TICK_MS: u64 = 250;
 /// A deleted image that need not be kept is removed after this, nanoseconds.
 const DELETED_GRACE_NS: u64 = 500_000_000;
+/// How often the store is looked after, and its load measured, in milliseconds.
+const LOOK_MS: u64 = 100;
+/// Payload appended in that time that makes the store busy.
+const BUSY_BYTES: u64 = 2 << 20;
 /// Background I/O of the store per round.
 const BACKGROUND_BYTES: u64 = 8 << 20;
 /// Key of this node's own record among the images' meta records.
@@ -127,9 +132,17 @@ impl NodeInner {
     /// a thread of its own.
     pub(super) fn maintain(self: &Arc<Self>) {
         let stopping = self.stopping();
-        let mut last_sweep = self.now();
+        let (mut last_sweep, mut last_look) = (self.now(), self.now());
+        let (mut appended, mut busy) = (0, false);
         while !*stopping.borrow() {
-            let more = self.store.background(BACKGROUND_BYTES).unwrap_or_else(|e| {
+            // Prewriting segments competes with the writes it is to speed up: it waits for a calm moment.
+            if self.now().since(last_look) >= LOOK_MS {
+                last_look = self.now();
+                let before = std::mem::replace(&mut appended, self.appended_bytes.load(Ordering::Relaxed));
+                busy = appended - before > BUSY_BYTES;
+            }
+            let budget = if busy { 0 } else { BACKGROUND_BYTES };
+            let more = self.store.background(budget).unwrap_or_else(|e| {
                 tracing::warn!("background work of the store: {e}");
                 false
             });
@@ -137,7 +150,7 @@ impl NodeInner {
                 last_sweep = self.now();
                 self.sweep_deleted();
             }
-            std::thread::sleep(Duration::from_millis(if more { 5 } else { 100 }));
+            std::thread::sleep(Duration::from_millis(if more && !busy { 5 } else { LOOK_MS }));
         }
     }
 

@@ -78,6 +78,8 @@ pub struct NodeInner {
     sync_server: Arc<SyncServer>,
     peer_claims: Mutex<claims::PeerClaims>,
     stopping: tokio::sync::watch::Sender<bool>,
+    /// Payload appended so far, over all images.
+    pub(crate) appended_bytes: AtomicU64,
     /// Refusals before any image was involved, by reason, and the like.
     pub(crate) malformed_frames: AtomicU64,
 }

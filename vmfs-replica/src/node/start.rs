@@ -135,6 +135,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
         peer_claims: Mutex::default(),
         stopping: watch::Sender::new(false),
         malformed_frames: AtomicU64::new(0),
+        appended_bytes: AtomicU64::new(0),
         config,
     });
     node.load_known_stores();

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use vmfs_common::chain::{Draft, check_seal};
 use vmfs_common::header::Update;
 use vmfs_common::op::Op;
+use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
 use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, HostId, ImageId};
 use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_ROOT_LEVEL, View};
@@ -236,7 +237,11 @@ impl Puller {
         let vouched = check_opened(this.image.id, this.owner, &told, &raw)?;
         let blank = this.image.store.head().seq.0 == 0;
         let import = Arc::new(this.image.store.begin_import(!blank)?);
-        let result = this.copy(&import, vouched.merkle).await;
+        // A witness needs the state alone.
+        let result = match this.image.store.kind() {
+            MemberRole::Witness => Ok(()),
+            MemberRole::Replica => this.copy(&import, vouched.merkle).await,
+        };
         // Best effort: an unclosed view expires by itself.
         let _ = this.node.ask(this.owner, &Ask::SyncClose { token: this.token }).await;
         result?;
