@@ -66,6 +66,8 @@ pub struct Vote {
     /// Its head carries [`crate::header::FLAG_DEGRADED`]: flushes below it may have been
     /// acknowledged with a single copy of the data.
     pub degraded: bool,
+    /// Digest of the update that set the member list in force at its head.
+    pub members_since: Digest,
     /// Over all of it.
     pub signature: Signature,
 }
@@ -82,6 +84,7 @@ impl Vote {
         encode_rank(&mut w, self.commit);
         encode_rank(&mut w, self.acked);
         w.u8(u8::from(self.degraded));
+        w.bytes(self.members_since.as_bytes());
         w.finish()
     }
     /// Fills in the signature.
@@ -113,6 +116,7 @@ impl Vote {
             commit: decode_rank(r)?,
             acked: decode_rank(r)?,
             degraded: r.flag()?,
+            members_since: Digest::from_bytes(r.array()?),
             signature: Signature(r.array()?),
         })
     }
@@ -405,11 +409,13 @@ pub fn verify_votes(
 /// The head to adopt: the highest voted one by (epoch, seq).
 ///
 /// A witness may hold headers of updates whose data is nowhere any more: the owner lost power before
-/// it synced, or died before the data members had them. When too few data members are missing from
-/// the votes for such an update to have been acknowledged, only the data members' heads count. Too
-/// few: less than the data copies that a flush needs, which is one once any voter's head is flagged
-/// degraded (a degraded acknowledgement needs the flagged header on a majority of the members, so
-/// every quorum knows of it).
+/// it synced, or died before the data members had them. Such a head does not count when the update
+/// cannot have been acknowledged, which is so if
+/// - fewer data members are missing from the votes than the data copies that a flush needs: f + 1, or
+///   one once any voter's head is flagged degraded (a degraded acknowledgement needs the flagged
+///   header on a majority of the members, so every quorum knows of it), and
+/// - the members have not changed between the highest head of a data member and the witness's, so
+///   that no copy can be at a member that is not asked.
 ///
 /// # Errors
 /// The two heads, when the highest rank was voted with two digests: fork evidence.
@@ -419,7 +425,12 @@ pub fn adopted_head(votes: &[Vote], members: &MemberList) -> Result<Head, (Head,
     let data = members.data_members().count();
     let absent = members.data_members().filter(|m| !voted(m.host)).count();
     let copies = if votes.iter().any(|v| v.degraded) { 1 } else { members.data_copies().min(data) };
-    let counted = |v: &&Vote| absent >= copies || holds_data(v.host);
+    let with_data = votes.iter().filter(|v| holds_data(v.host)).max_by_key(|v| v.head.rank());
+    let vain = |v: &Vote| {
+        let since = with_data.map(|d| d.members_since);
+        !holds_data(v.host) && absent < copies && since == Some(v.members_since)
+    };
+    let counted = |v: &&Vote| !vain(v);
     let best = votes.iter().filter(counted).map(|v| v.head).max_by_key(Head::rank).unwrap_or_default();
     let other = |v: &&Vote| v.head.rank() == best.rank() && v.head.digest != best.digest;
     match votes.iter().filter(counted).find(other) {

@@ -56,6 +56,9 @@ pub struct ImageState {
     pub policy: ImagePolicy,
     /// Update that last changed the members or began the epoch: must be committed before the next change.
     pub config_seq: Seq,
+    /// Digest of the update that set the member list in force: two copies that agree on it have had
+    /// the same members since it.
+    pub members_since: Digest,
     /// The latest epochs, oldest first.
     pub epochs: Vec<EpochEntry>,
     /// Snapshots: name to the update whose content they keep.
@@ -111,6 +114,9 @@ impl ImageState {
         let mut touched = true;
         match &h.op {
             Op::EpochStart(start) => {
+                if !matches!(start.mandate, Mandate::Votes(_)) {
+                    self.members_since = update.digest;
+                }
                 if let Mandate::Genesis(g) = &start.mandate {
                     self.policy = g.policy;
                     self.attrs = g.attrs;
@@ -146,6 +152,7 @@ impl ImageState {
             }
             Op::Members(m) => {
                 self.members = m.clone();
+                self.members_since = update.digest;
                 self.config_seq = h.seq;
                 touched = false;
             }
@@ -199,6 +206,7 @@ impl ImageState {
         self.members.encode(&mut w);
         self.policy.encode(&mut w);
         w.u64(self.config_seq.0);
+        w.bytes(self.members_since.as_bytes());
         w.count(self.epochs.len());
         for e in &self.epochs {
             encode_head(&mut w, &e.start);
@@ -244,6 +252,7 @@ impl ImageState {
             if tip.head.seq == Seq::ZERO { skip_empty_members(&mut r)? } else { MemberList::decode(&mut r)? };
         let policy = ImagePolicy::decode(&mut r)?;
         let config_seq = Seq(r.u64()?);
+        let members_since = Digest::from_bytes(r.array()?);
         let mut epochs = Vec::new();
         for _ in 0..r.count(EPOCHS_MAX)? {
             let start = decode_head(&mut r)?;
@@ -267,6 +276,7 @@ impl ImageState {
             members,
             policy,
             config_seq,
+            members_since,
             epochs,
             snapshots,
         })

@@ -166,6 +166,7 @@ fn vote(p: &Proposal, voter: u8, head: Head) -> Vote {
         commit: (Epoch::default(), Seq(0)),
         acked: (Epoch::default(), Seq(0)),
         degraded: false,
+        members_since: Digest::default(),
         signature: Signature([0; 64]),
     };
     v.signed(&key(voter))

@@ -62,6 +62,7 @@ fn samples() -> (Vec<Update>, ImageState) {
         commit: (Epoch::default(), Seq(0)),
         acked: (Epoch::default(), Seq(0)),
         degraded: false,
+        members_since: Digest::default(),
         signature: Signature([0; 64]),
     }
     .signed(&key(2));

@@ -241,6 +241,7 @@ mod tests {
                 commit: (e(2), Seq(8)),
                 acked: (e(2), Seq(9)),
                 degraded: true,
+                members_since: Digest::from_bytes([6; 32]),
                 signature: Signature([7; 64]),
             }),
             begun: Some((e(1), [5; 32])),

@@ -72,10 +72,11 @@ impl Machine {
         }
         let nothing_vouched = self.meta.floor.is_some_and(|f| f.seq == Seq::ZERO);
         let admitted = self.elector(self.id.host).is_some_and(|m| m.store == self.id.store);
-        // Named in the genesis, nothing received yet: the candidate checks that the list has our
-        // store, and by the headers' acknowledgements that we have not lost anything.
-        let empty = self.state.head().seq == Seq::ZERO && occasion != Occasion::Handover;
-        if (!admitted && !empty) || nothing_vouched {
+        // The update that admits us, or the genesis, may not have reached us: the candidate's newer list
+        // decides. It checks that the list has our store, and by the headers' acknowledgements that
+        // we have not lost anything.
+        let by_a_newer_list = head.rank() > self.state.head().rank() && occasion != Occasion::Handover;
+        if (!admitted && !by_a_newer_list) || nothing_vouched {
             return Err(VoteRefusal::NotMember);
         }
         let epoch = self.epoch().max(self.following.as_ref().map_or(Epoch::default(), |f| f.start.epoch));
@@ -211,6 +212,7 @@ impl Machine {
             commit: self.meta.commit,
             acked: self.meta.acked.max(seen.unwrap_or_default()),
             degraded: self.state.tip.flags & FLAG_DEGRADED != 0,
+            members_since: self.state.members_since,
             signature: Signature([0; 64]),
         }
         .signed(&self.id.key)

@@ -110,6 +110,8 @@ pub struct Cluster {
     pub flushed: BTreeMap<Token, Result<(), FlushError>>,
     /// Everything reported, by host.
     pub events: Vec<(At, Event)>,
+    /// Print what the machines want done, to follow one seed.
+    pub trace: bool,
     paths: BTreeMap<(At, At), Path>,
     next_token: Token,
 }
@@ -147,6 +149,7 @@ impl Cluster {
             ops: BTreeMap::new(),
             flushed: BTreeMap::new(),
             events: Vec::new(),
+            trace: std::env::var_os("VMFS_TRACE").is_some(),
             paths: BTreeMap::new(),
             next_token: 1,
         };
@@ -164,13 +167,19 @@ impl Cluster {
         let at = self.nodes.len();
         self.nodes.push(Node::new(identity(at), role));
         self.connect_new(at..at + 1);
+        let host = self.nodes[at].id.host;
+        let up = |c: &Self, b: At| c.nodes[b].up;
+        (0..at).filter(|b| up(self, *b)).collect::<Vec<_>>().into_iter().for_each(|b| {
+            self.input(b, Input::PeerUp { host });
+        });
         at
     }
 
     fn connect_new(&mut self, new: std::ops::Range<At>) {
         for b in new {
             for a in 0..b {
-                let path = Path { open: true, connected: true, last_open: Some(self.now), ..Path::default() };
+                let up = self.nodes[a].up;
+                let path = Path { open: up, connected: up, last_open: Some(self.now), ..Path::default() };
                 self.paths.insert((a, b), path);
             }
         }
@@ -548,6 +557,16 @@ impl Cluster {
     }
 
     fn execute_one(&mut self, at: At, output: Output) {
+        if self.trace {
+            match &output {
+                Output::PersistMeta { version, .. } => eprintln!("{} {at}: meta {version}", self.now.0),
+                Output::AppendLocal(u) => {
+                    eprintln!("{} {at}: own {:?} {:?}", self.now.0, u.head(), u.header.op)
+                }
+                Output::Send { to, msg } => eprintln!("{} {at} to {}: {msg:?}", self.now.0, self.at(*to)),
+                other => eprintln!("{} {at}: {other:?}", self.now.0),
+            }
+        }
         match output {
             Output::Send { to, msg } => {
                 let to = self.at(to);

@@ -18,8 +18,9 @@ pub struct Oracle {
     /// `Sync` messages delivered.
     pub syncs: u64,
     asked: BTreeMap<Token, Head>,
-    /// Acknowledged flush targets.
-    acknowledged: BTreeSet<Head>,
+    /// Acknowledged flush targets, and the epoch that acknowledged them (which is what committed
+    /// them: they may be older).
+    acknowledged: BTreeSet<(Epoch, Head)>,
     /// Epochs that have been served.
     served: BTreeSet<Epoch>,
 }
@@ -45,9 +46,10 @@ impl Oracle {
             Some(target),
             "acknowledged, and not in the owner's chain"
         );
-        if self.acknowledged.insert(target) {
+        let by = nodes[at].head().epoch;
+        if self.acknowledged.insert((by, target)) {
             for n in nodes {
-                check_node(n, &target);
+                check_node(n, by, &target);
             }
         }
     }
@@ -59,7 +61,7 @@ impl Oracle {
         }
         for n in nodes.iter().filter(|n| n.machine.as_ref().is_some_and(Machine::is_open_owner)) {
             if self.served.insert(n.head().epoch) {
-                for target in &self.acknowledged {
+                for (_, target) in &self.acknowledged {
                     let held = head_at(&n.log, target.seq).map(|h| h.digest);
                     assert_eq!(
                         held,
@@ -73,18 +75,18 @@ impl Oracle {
 
     /// At the end of a run: every copy of a later or equal rank holds every acknowledged update.
     pub fn check_all(&self, nodes: &[Node]) {
-        for target in self.acknowledged.iter().filter(|_| !self.suspended) {
+        for (by, target) in self.acknowledged.iter().filter(|_| !self.suspended) {
             for n in nodes {
-                check_node(n, target);
+                check_node(n, *by, target);
             }
         }
     }
 }
 
-/// A copy that ranks at or above an acknowledged update contains it.
-fn check_node(n: &Node, target: &Head) {
+/// A copy that ranks at or above an update acknowledged by an epoch contains it.
+fn check_node(n: &Node, by: Epoch, target: &Head) {
     let head = n.head();
-    if head.epoch >= target.epoch && head.rank() >= target.rank() {
+    if head.rank() >= (by, target.seq) {
         let held: Option<Digest> = head_at(&n.log, target.seq).map(|h| h.digest);
         assert_eq!(held, Some(target.digest), "a copy at {head:?} lacks the acknowledged update {target:?}");
     }
