@@ -28,6 +28,8 @@ const FIXED: usize = 24;
 const VALUE_BYTES_MAX: usize = 1 << 20;
 /// Longest group.
 const GROUP_BYTES_MAX: usize = 64 << 20;
+/// Space kept ahead of the journal's end.
+const ROOM_BYTES: u64 = 256 << 10;
 /// The journal is rewritten when it is larger than this and four times its values.
 const COMPACT_BYTES: u64 = 4 << 20;
 
@@ -46,7 +48,26 @@ struct Inner {
 struct Journal {
     file: Arc<dyn DiskFile>,
     end: u64,
+    /// The file has space up to here.
+    allocated: u64,
     next_group: u64,
+}
+
+impl Journal {
+    /// Keeps space ahead of the end, so that a promise can be made on a full disk.
+    fn make_room(&mut self, shared: &Shared) {
+        if self.end + ROOM_BYTES / 4 <= self.allocated {
+            return;
+        }
+        let want = self.end + ROOM_BYTES;
+        let room = shared.with_reserve(Space::Control, || {
+            self.file.allocate(want).during(|| "allocating the metadata journal".into())
+        });
+        match room {
+            Ok(()) => self.allocated = want,
+            Err(e) => tracing::warn!(error = %e, "no room ahead in the metadata journal"),
+        }
+    }
 }
 
 /// The host's metadata.
@@ -58,7 +79,9 @@ pub(crate) struct Meta {
 }
 
 fn encode_group(number: u64, changes: &[Change]) -> Zeroizing<Vec<u8>> {
-    let mut payload = Zeroizing::new(Vec::new());
+    // Of its final size from the start: a vector that grows leaves copies behind.
+    let bytes: usize = changes.iter().map(|(_, v)| 21 + v.as_ref().map_or(0, |v| v.len())).sum();
+    let mut payload = Zeroizing::new(Vec::with_capacity(bytes));
     for (key, value) in changes {
         payload.extend_from_slice(key.as_bytes());
         payload.push(u8::from(value.is_some()));
@@ -160,7 +183,7 @@ impl Meta {
                 }
             }
         }
-        let journal = Journal { file, end: good_end, next_group: expected.unwrap_or(1) };
+        let journal = Journal { file, end: good_end, allocated: end, next_group: expected.unwrap_or(1) };
         let all: Vec<Change> = values.iter().map(|(k, v)| (*k, Some(Value::clone(v)))).collect();
         let inner =
             Inner { values, queue: Vec::new(), queued_no: 0, done_no: 0, running: false, failed: false };
@@ -234,6 +257,7 @@ impl Meta {
         journal.file.sync().during(what)?;
         journal.end += group.len() as u64;
         journal.next_group += 1;
+        journal.make_room(shared);
         Ok(())
     }
 
@@ -267,7 +291,9 @@ impl Meta {
         file.sync().during(what)?;
         shared.disk.rename(NEW_NAME, NAME).during(what)?;
         shared.disk.sync_names("").during(what)?;
-        *journal = Journal { file, end: group.len() as u64, next_group: journal.next_group + 1 };
+        let end = group.len() as u64;
+        *journal = Journal { file, end, allocated: end, next_group: journal.next_group + 1 };
+        journal.make_room(shared);
         Ok(())
     }
 }

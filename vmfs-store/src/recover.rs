@@ -375,7 +375,7 @@ impl Rebuild<'_> {
             commit = commit.max(update.header.commit);
         }
         let log_bytes = self.chain.iter().map(|c| c.seg.class.bytes()).sum();
-        let forks = self.forks()?;
+        let forks = self.forks();
         let log_start =
             self.chain.first().map_or(state.head().seq.next(), |c| body.log_start.max(c.start_seq.next()));
         let tail = Tail {
@@ -404,19 +404,21 @@ impl Rebuild<'_> {
         Ok(Arc::new(image))
     }
 
-    fn forks(&self) -> Result<Vec<Fork>, StoreError> {
+    /// Forks whose segments are all there. After a fall-back to an older checkpoint a fork that was
+    /// dropped since may have none.
+    fn forks(&self) -> Vec<Fork> {
+        let part = |r: &SegmentRow| {
+            let seg = self.segments.get(&r.no)?;
+            Some(ChainSegment { seg: Arc::clone(seg), ordinal: r.ordinal, start_seq: r.start_seq })
+        };
         let mut forks = Vec::new();
         for row in &self.body.forks {
-            let part = |r: &SegmentRow| {
-                let seg = self.segments.get(&r.no)?;
-                Some(ChainSegment { seg: Arc::clone(seg), ordinal: r.ordinal, start_seq: r.start_seq })
-            };
             match row.chain.iter().map(part).collect::<Option<Vec<_>>>() {
                 Some(chain) => forks.push(Fork { info: row.info.clone(), chain: Arc::new(chain) }),
-                None => return Err(StoreError::corrupt(format!("fork {}", row.info.name))),
+                None => tracing::warn!(image = %self.image, fork = row.info.name, "the fork's log is gone"),
             }
         }
-        Ok(forks)
+        forks
     }
 }
 

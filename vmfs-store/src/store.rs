@@ -36,6 +36,8 @@ pub struct Store {
     shared: Arc<Shared>,
     meta: Meta,
     images: RwLock<BTreeMap<ImageId, Arc<ImageStore>>>,
+    /// Held while an image is made or removed, so that `images` is locked for moments only.
+    changing: Mutex<()>,
     damaged: Mutex<Vec<(ImageId, String)>>,
     /// Segments of removed images, once nobody reads them.
     limbo: Mutex<Vec<Arc<Segment>>>,
@@ -108,6 +110,7 @@ impl Store {
             shared,
             meta,
             images: RwLock::new(opened.images),
+            changing: Mutex::default(),
             damaged: Mutex::new(opened.damaged),
             limbo: Mutex::default(),
         }))
@@ -122,7 +125,8 @@ impl Store {
     pub fn image_ids(&self) -> Vec<ImageId> {
         self.images.read().keys().copied().collect()
     }
-    /// Images whose structures are too damaged to open, and why. Their files are left alone.
+    /// Images that could not be opened, and why: damage, another version, no space, a failing disk.
+    /// Their files are left alone.
     #[must_use]
     pub fn damaged(&self) -> Vec<(ImageId, String)> {
         self.damaged.lock().clone()
@@ -138,8 +142,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::ImageExists`], [`StoreError::Full`], or the disk's.
     pub fn create_image(&self, id: ImageId, kind: MemberRole) -> Result<Arc<ImageStore>, StoreError> {
-        let mut images = self.images.write();
-        if images.contains_key(&id) || self.damaged.lock().iter().any(|(d, _)| *d == id) {
+        let _changing = self.changing.lock();
+        if self.images.read().contains_key(&id) || self.damaged.lock().iter().any(|(d, _)| *d == id) {
             return Err(StoreError::ImageExists(id));
         }
         let (name, new) = (map_name(id), map_name(id) + NEW_SUFFIX);
@@ -159,7 +163,7 @@ impl Store {
             disk.remove(&name).during(what)?;
             return Err(e);
         }
-        images.insert(id, Arc::clone(&image));
+        self.images.write().insert(id, Arc::clone(&image));
         Ok(image)
     }
     fn empty_image(&self, id: ImageId, kind: MemberRole) -> ImageStore {
@@ -179,8 +183,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoImage`], or the disk's.
     pub fn remove_image(&self, id: ImageId) -> Result<(), StoreError> {
-        let mut images = self.images.write();
-        let image = images.remove(&id);
+        let _changing = self.changing.lock();
+        let image = self.images.write().remove(&id);
         let was_damaged = {
             let mut damaged = self.damaged.lock();
             let before = damaged.len();
@@ -319,22 +323,16 @@ impl Opening {
             let Ok(image) = name.parse::<ImageId>() else { continue };
             match Loaded::read(shared, image) {
                 Ok(loaded) => this.loaded.push(loaded),
-                Err(e) => this.damage(image, e)?,
+                Err(e) => this.damage(image, &e),
             }
         }
         this.scan_segments(shared)?;
         Ok(this)
     }
-    /// Keeps an image aside when it is damaged; other errors stop the opening.
-    fn damage(&mut self, image: ImageId, e: StoreError) -> Result<(), StoreError> {
-        match e {
-            StoreError::Corrupt { .. } | StoreError::Version { .. } | StoreError::BadPayload { .. } => {
-                tracing::error!(%image, error = %e, "image cannot be opened");
-                self.damaged.push((image, e.to_string()));
-                Ok(())
-            }
-            other => Err(other),
-        }
+    /// Keeps an image that cannot be opened aside, so that the others can be.
+    fn damage(&mut self, image: ImageId, e: &StoreError) {
+        tracing::error!(%image, error = %e, "image cannot be opened");
+        self.damaged.push((image, e.to_string()));
     }
     fn scan_segments(&mut self, shared: &Shared) -> Result<(), StoreError> {
         let in_use: std::collections::BTreeSet<u32> = self.loaded.iter().flat_map(Loaded::in_use).collect();
@@ -407,7 +405,7 @@ impl Opening {
                     }
                     self.images.insert(id, r.image);
                 }
-                Err(e) => self.damage(id, e)?,
+                Err(e) => self.damage(id, &e),
             }
         }
         Ok(self)

@@ -249,7 +249,7 @@ fn forks_last_until_they_are_dropped() {
     rig.image.checkpoint().unwrap();
     rig.reopen(rig.disk.power_cut(1));
     rig.model.check(&rig.image);
-    assert_eq!(rig.image.forks(), [fork.clone()]);
+    assert_eq!(rig.image.forks(), std::slice::from_ref(&fork));
     let entries = rig.image.read_fork(&fork.name, Seq(0), 1 << 20).unwrap();
     assert_eq!(entries.len(), 100);
     assert_eq!(entries[99].update.head(), tail_head);

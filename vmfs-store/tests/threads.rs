@@ -11,9 +11,40 @@ use common::{DATASTORE, HOST, IMAGE, Maker, STORE, append, block, small};
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{BlockIndex, ImageId, Seq};
 use vmfs_store::disk::FileDisk;
-use vmfs_store::{Store, StoreConfig};
+use vmfs_store::{ImageStore, Store, StoreConfig, StoreError};
 
 const UPDATES: u64 = 6000;
+
+/// Block i always holds (i, n) for an n that never falls: a reader can tell old from wrong.
+fn read_once(image: &ImageStore, seen: &mut [u64]) {
+    let view = image.view();
+    let mut buf = vec![0u8; 64 * 4096];
+    image.read(BlockIndex(0), &mut buf).unwrap();
+    for (i, b) in buf.chunks_exact(4096).enumerate() {
+        let v = u64::from_le_bytes(b[..8].try_into().unwrap());
+        assert!(v == 0 || (v - i as u64 * 1_000_003).is_multiple_of(7919), "block {i}");
+        assert!(v >= seen[i], "block {i} went back");
+        seen[i] = v;
+    }
+    view.read(BlockIndex(0), &mut buf).unwrap();
+    let digests = view.digests(BlockIndex(0), 64).unwrap();
+    for (b, d) in buf.chunks_exact(4096).zip(digests) {
+        assert_eq!(vmfs_common::hash::block_digest(b), d);
+    }
+}
+
+fn feed_once(image: &ImageStore, next: &mut Seq) {
+    match image.read_log(*next, 1 << 16) {
+        Ok(entries) => {
+            for e in entries {
+                assert_eq!(e.update.header.seq, *next);
+                *next = next.next();
+            }
+        }
+        Err(StoreError::Trimmed { log_start }) => *next = log_start,
+        Err(e) => panic!("{e} at {next}"),
+    }
+}
 
 #[test]
 fn readers_feeder_flushers_and_checkpoints_run_beside_appends() {
@@ -27,8 +58,6 @@ fn readers_feeder_flushers_and_checkpoints_run_beside_appends() {
     let done = AtomicBool::new(false);
     let flushed = AtomicU64::new(0);
     let stop = || done.load(Ordering::Acquire);
-    // Block i always holds (i, n) for an n that never falls: readers can tell old from wrong.
-    let value = |b: &[u8]| u64::from_le_bytes(b[..8].try_into().unwrap());
     std::thread::scope(|s| {
         s.spawn(|| {
             for n in 1..=UPDATES {
@@ -58,38 +87,15 @@ fn readers_feeder_flushers_and_checkpoints_run_beside_appends() {
         for _ in 0..2 {
             s.spawn(|| {
                 let mut seen = vec![0u64; 64];
-                let mut buf = vec![0u8; 64 * 4096];
                 while !stop() {
-                    let view = image.view();
-                    image.read(BlockIndex(0), &mut buf).unwrap();
-                    for (i, b) in buf.chunks_exact(4096).enumerate() {
-                        let v = value(b);
-                        assert!(v == 0 || (v - i as u64 * 1_000_003) % 7919 == 0, "block {i}");
-                        assert!(v >= seen[i], "block {i} went back");
-                        seen[i] = v;
-                    }
-                    let mut shown = vec![0u8; 64 * 4096];
-                    view.read(BlockIndex(0), &mut shown).unwrap();
-                    let digests = view.digests(BlockIndex(0), 64).unwrap();
-                    for (b, d) in shown.chunks_exact(4096).zip(digests) {
-                        assert_eq!(vmfs_common::hash::block_digest(b), d);
-                    }
+                    read_once(&image, &mut seen);
                 }
             });
         }
         s.spawn(|| {
             let mut next = Seq(1);
             while !stop() {
-                match image.read_log(next, 1 << 16) {
-                    Ok(entries) => {
-                        for e in entries {
-                            assert_eq!(e.update.header.seq, next);
-                            next = next.next();
-                        }
-                    }
-                    Err(vmfs_store::StoreError::Trimmed { log_start }) => next = log_start,
-                    Err(e) => panic!("{e} at {next}"),
-                }
+                feed_once(&image, &mut next);
             }
         });
     });
