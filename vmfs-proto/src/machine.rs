@@ -76,6 +76,8 @@ pub struct Machine {
     /// Refusals by promise do not make this owner bid again before, while it has a quorum.
     pub(crate) rebid_after: Millis,
     pub(crate) rebids: u32,
+    /// When to bid as the owner of the last epoch in the chain, if nobody owns a later one by then.
+    reclaim_at: Option<Millis>,
     pub(crate) promise: Option<Promise>,
     pub(crate) sync: SyncState,
     /// The owner waits for acknowledgements: of the lowest and the highest of these.
@@ -121,6 +123,7 @@ impl Machine {
             walk: None,
             rebid_after: env.now,
             rebids: 0,
+            reclaim_at: None,
             promise: None,
             sync: SyncState::default(),
             ack_due: None,
@@ -187,6 +190,11 @@ impl Machine {
     ) -> Result<Self, CodecError> {
         let meta = meta.map(Meta::decode).transpose()?.unwrap_or_default();
         let mut m = Self::new(env, identity, timing, kind, state, durable, meta, env.now);
+        let elsewhere = |f: Head| (env.history)(f.seq).is_some_and(|h| h != f);
+        if m.meta.floor.is_some_and(|f| f.seq >= m.state.head().seq || elsewhere(f)) {
+            // What was not vouched for has not survived.
+            m.meta.floor = None;
+        }
         if m.meta.forced.is_some_and(|f| !m.state.epochs.iter().any(|e| e.epoch == f)) {
             // The separate lineage was decided on, and never begun.
             m.meta.forced = None;
@@ -248,6 +256,14 @@ impl Machine {
             RoleState::Candidate(_) => Gate::Wait(Wait::Election),
             RoleState::Owner(o) => o.read_gate(now, &self.state),
         }
+    }
+
+    /// True while this host makes the image's updates, also before its `EpochStart` is committed: what
+    /// block-level sync rests on (a `Root` and a Seal) may be appended. Without it an owner whose
+    /// members all need that sync would never be committed.
+    #[must_use]
+    pub fn may_vouch(&self) -> bool {
+        matches!(&self.role, RoleState::Owner(o) if !o.is_draining())
     }
 
     /// Makes the next update. The caller has asked [`Machine::may_write`] under the same lock and
@@ -370,6 +386,10 @@ impl Machine {
             self.block_sync = BlockSync::Idle;
             self.send_join(out);
         }
+        if self.reclaim_at.is_some_and(|t| t <= env.now) {
+            self.reclaim_at = None;
+            self.bid_after_restart(env, out);
+        }
         self.handover_tick(env, out);
         self.candidate_tick(env, out);
         self.owner_tick(env, out);
@@ -396,13 +416,22 @@ impl Machine {
             RoleState::Follower | RoleState::Failed => None,
         };
         let handover = self.handover.as_ref().map(|h| h.deadline);
-        [self.meta_due, stall, sync, role, handover].into_iter().flatten().min()
+        [self.meta_due, stall, sync, role, handover, self.reclaim_at].into_iter().flatten().min()
     }
 
     /// After every call: what follows from whatever has just changed.
     pub(crate) fn settle(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         self.advance_promise(env, out);
         self.advance_owner(env, out);
+        // Deposed by an owner that vanished before its epoch reached this copy: nobody else bids.
+        let idle = matches!(self.role, RoleState::Follower) && self.following.is_none();
+        let mine =
+            self.epoch().host == self.id.host && self.kind == MemberRole::Replica && self.is_admitted();
+        if !idle || !mine {
+            self.reclaim_at = None;
+        } else if self.reclaim_at.is_none() {
+            self.reclaim_at = Some(env.now.plus(self.timing.lease_ms));
+        }
         let gates = (self.may_read(env.now), self.may_write(env.now));
         if self.last_gates.replace(gates).is_some_and(|before| before != gates) {
             out.push(Output::GateChanged);

@@ -101,6 +101,10 @@ impl Owner {
         self.open
     }
 
+    pub(crate) const fn is_draining(&self) -> bool {
+        self.draining.is_some()
+    }
+
     fn is_frozen(&self, now: Millis, state: &ImageState) -> bool {
         let p = state.policy;
         p.on_quorum_loss == OnQuorumLoss::Stall && p.acks != Acks::Local && now > self.lease_until

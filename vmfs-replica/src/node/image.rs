@@ -291,7 +291,9 @@ impl Image {
     /// Appends an operation and a Seal over it: what block-level sync rests on.
     pub(super) fn append_vouched(self: &Arc<Self>, draft: Draft) -> Result<(Update, Update), IoError> {
         self.locked(|core, env, out| {
-            self.gate(Self::control_gate(core.machine.may_write(env.now)), env.now)?;
+            if !core.machine.may_vouch() {
+                return Err(IoError::Wait);
+            }
             let bytes = FIXED_BYTES + args_bytes(&draft.op) + 8 * MEMBERS_MAX;
             let reserved = self.store.reserve(bytes, 0, Space::Control)?;
             let first = core.machine.append(env, draft, out);
