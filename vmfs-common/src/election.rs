@@ -419,7 +419,7 @@ pub fn verify_votes(
 ///
 /// # Errors
 /// The two heads, when the highest rank was voted with two digests: fork evidence.
-pub fn adopted_head(votes: &[Vote], members: &MemberList) -> Result<Head, (Head, Head)> {
+pub fn adopted_head(votes: &[Vote], members: &MemberList) -> Result<Head, Box<(Head, Head)>> {
     let holds_data = |h: HostId| members.get(h).is_some_and(|m| m.role == MemberRole::Replica);
     let voted = |h: HostId| votes.iter().any(|v| v.host == h);
     let data = members.data_members().count();
@@ -434,7 +434,7 @@ pub fn adopted_head(votes: &[Vote], members: &MemberList) -> Result<Head, (Head,
     let best = votes.iter().filter(counted).map(|v| v.head).max_by_key(Head::rank).unwrap_or_default();
     let other = |v: &&Vote| v.head.rank() == best.rank() && v.head.digest != best.digest;
     match votes.iter().filter(counted).find(other) {
-        Some(v) => Err((best, v.head)),
+        Some(v) => Err(Box::new((best, v.head))),
         None => Ok(best),
     }
 }

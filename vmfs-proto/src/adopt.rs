@@ -72,7 +72,8 @@ impl Machine {
         let votes: Vec<Vote> = c.votes.values().cloned().collect();
         let adopted = match adopted_head(&votes, &self.state.members) {
             Ok(head) => head,
-            Err((a, b)) => {
+            Err(heads) => {
+                let (a, b) = *heads;
                 c.problem = Some(OpError::Fork(a, b));
                 out.push(Output::Report(Event::Fork { ours: a, theirs: b }));
                 return;
