@@ -24,6 +24,29 @@ struct Points {
     reduced: bool,
 }
 
+impl Points {
+    /// While the change at `changed_at` is not committed. A weakening takes effect when it is
+    /// committed under the rule that it weakens too. Otherwise the new rule decides about the change
+    /// and what follows it, and once that is committed about everything; until then, what came before
+    /// the change goes by the old rule: nobody who does not know of the change knows where else the
+    /// data is.
+    fn under_both(self, old: Self, weakened: bool, changed_at: Seq) -> Self {
+        let last = changed_at.prev();
+        let both = |new: Seq, old: Seq| match weakened {
+            true => new.min(old),
+            false if new >= changed_at => new,
+            false => old.min(last),
+        };
+        Self {
+            full: both(self.full, old.full),
+            commit: both(self.commit, old.commit),
+            flush: both(self.flush, old.flush),
+            wants_degrade: self.wants_degrade || (weakened && old.wants_degrade),
+            reduced: self.reduced,
+        }
+    }
+}
+
 impl Owner {
     /// `durable`: this host's. `reachable`: members that can be expected to acknowledge.
     fn points(&self, rule: &Rule, me: HostId, durable: Seq, reachable: &dyn Fn(HostId) -> bool) -> Points {
@@ -127,7 +150,8 @@ impl Machine {
     pub(crate) fn advance_owner(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let me = self.id.host;
         let rule = self.rule();
-        let previous = self.previous_rule().cloned();
+        let previous = self.meta.previous.clone();
+        let weakened = self.previous_rule().is_some();
         let RoleState::Owner(o) = &mut self.role else { return };
         let durable = if self.durable.epoch == o.start.epoch { self.durable.seq } else { Seq::ZERO };
         let (connected, lease) = (&self.connected, self.timing.lease_ms);
@@ -139,12 +163,7 @@ impl Machine {
         };
         let mut points = o.points(&rule, me, durable, &reachable);
         if let Some(rule) = &previous {
-            // A weakening takes effect when it is committed under the rule that it weakens.
-            let old = o.points(rule, me, durable, &reachable);
-            points.commit = points.commit.min(old.commit);
-            points.flush = points.flush.min(old.flush);
-            points.full = points.full.min(old.full);
-            points.wants_degrade |= old.wants_degrade;
+            points = points.under_both(o.points(rule, me, durable, &reachable), weakened, rule.changed_at);
         }
         o.reduced = points.reduced;
         let advanced = points.commit > o.commit && points.commit >= o.start.seq;
