@@ -45,6 +45,14 @@ fn give_own_control(dir: &Path) {
     std::fs::write(&path, toml::to_string(&config).unwrap()).unwrap();
 }
 
+/// The rule of `examples/two-hosts-and-witness`: who holds the data beside this host, and who votes.
+fn give_policy(dir: &Path, other: &str) {
+    let path = dir.join("vmfs.toml");
+    let mut text = std::fs::read_to_string(&path).unwrap();
+    text += &format!("\n[[policy]]\npattern = \"**\"\nreplicas = [\"{other}\"]\nwitnesses = [\"w\"]\n");
+    std::fs::write(&path, text).unwrap();
+}
+
 /// Hosts a and b with mounts, w as a witness, all running.
 fn two_hosts_and_a_witness(name: &str) -> Cluster {
     let mut cluster = Cluster::empty(name, &["a", "b", "w"], &["w"], true);
@@ -58,6 +66,7 @@ fn two_hosts_and_a_witness(name: &str) -> Cluster {
     args.extend(words.iter().map(String::as_str));
     let _ = vmfs(&args).ok();
     give_own_control(&a);
+    give_policy(&a, "b");
     // A second datastore must not overwrite the first one's CA.
     let _ = vmfs(&args).refused(1);
     cluster.run_daemon("a", "vmfs-fuse");
@@ -80,6 +89,9 @@ fn two_hosts_and_a_witness(name: &str) -> Cluster {
         join.args(&args[1..]);
         let _ = try_run(join).ok();
         give_own_control(dir);
+        if host == "b" {
+            give_policy(dir, "a");
+        }
         cluster.run_daemon(host, program);
 
         // Single use: the same invitation makes no second host.

@@ -165,9 +165,11 @@ fn prepare(point: &Path) -> Result<(), MountError> {
     for _dead in 0..16 {
         let table = std::fs::read_to_string("/proc/self/mountinfo").map_err(error)?;
         let Some((fs_type, source_name)) = mounted_at(&table, point) else { break };
-        let dead = std::fs::symlink_metadata(point)
-            .is_err_and(|e| matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED)));
-        if !(dead && fs_type == FS_TYPE && source_name == SOURCE) {
+        // Attributes of the root may be answered from the kernel's cache for a while; statfs never is.
+        let dead = fs_type == FS_TYPE
+            && source_name == SOURCE
+            && rustix::fs::statfs(point).is_err_and(|e| matches!(e, Errno::NOTCONN | Errno::CONNABORTED));
+        if !dead {
             return Err(MountError::AlreadyMounted { point: point.to_owned(), fs_type, source_name });
         }
         tracing::warn!(point = %point.display(), "taking away the dead mount of an earlier daemon");
