@@ -168,7 +168,8 @@ impl World {
             w.store_error(owner, e, "freezing a view");
             e.to_string()
         };
-        let base = store.update_at(at.seq).map_err(|e| excused(self, &e))?.ok_or("the head is not in the log")?;
+        let base =
+            store.update_at(at.seq).map_err(|e| excused(self, &e))?.ok_or("the head is not in the log")?;
         let merkle = view.merkle(MERKLE_ROOT_LEVEL, 0).map_err(|e| excused(self, &e))?;
         let op = Op::Root { at: at.seq, merkle, state: view.state().digest() };
         let Some(mut machine) = self.lock(owner) else { return Err("gone".into()) };

@@ -15,7 +15,9 @@ impl World {
     pub(crate) fn converge(&mut self) {
         self.heal();
         let deadline = self.now + BOUND_MS * 1000;
-        if self.model.updates() == 0 || (0..self.hosts.len()).all(|at| self.known_seq(at) == 0 && self.is_empty(at)) {
+        if self.model.updates() == 0
+            || (0..self.hosts.len()).all(|at| self.known_seq(at) == 0 && self.is_empty(at))
+        {
             return;
         }
         let mut ordered = None;
@@ -79,10 +81,10 @@ impl World {
         let n = self.hosts.len();
         let now = self.now;
         // Separate lineages are given up, unless nothing else is left.
-        let forced = |w: &Self, at: At| {
-            w.hosts[at].machine().is_some_and(|m| m.status(w.hosts[at].now(now)).forced)
-        };
-        let unforced = (0..n).any(|at| self.hosts[at].role == MemberRole::Replica && !forced(self, at) && !self.is_empty(at));
+        let forced =
+            |w: &Self, at: At| w.hosts[at].machine().is_some_and(|m| m.status(w.hosts[at].now(now)).forced);
+        let unforced = (0..n)
+            .any(|at| self.hosts[at].role == MemberRole::Replica && !forced(self, at) && !self.is_empty(at));
         if let Some(at) = (0..n).find(|at| forced(self, *at)).filter(|_| unforced) {
             return self.order(at, |token| Input::AbandonForced { token });
         }
@@ -91,9 +93,13 @@ impl World {
             None => {
                 // The data member with the highest head is promoted.
                 let best = (0..n)
-                    .filter(|at| self.hosts[*at].copy().is_some_and(|c| c.store.kind() == MemberRole::Replica))
+                    .filter(|at| {
+                        self.hosts[*at].copy().is_some_and(|c| c.store.kind() == MemberRole::Replica)
+                    })
                     .max_by_key(|at| self.hosts[*at].machine().map(|m| m.state().head().rank()))?;
-                let bidding = (0..n).any(|at| self.hosts[at].machine().is_some_and(|m| m.describe_role().starts_with("candidate")));
+                let bidding = (0..n).any(|at| {
+                    self.hosts[at].machine().is_some_and(|m| m.describe_role().starts_with("candidate"))
+                });
                 if bidding && self.rng.below(40) > 0 {
                     return None;
                 }
@@ -161,7 +167,8 @@ impl World {
             let head = h.copy().map(|c| c.store.head());
             let latched = h.copy().and_then(|c| c.store.latched());
             let role = h.machine().map(|m| (m.status(h.now(self.now)).health, m.describe_role()));
-            text += &format!("    {at} {:?} up {} {head:?} {latched:?} {role:?}\n", h.role, h.running.is_some());
+            text +=
+                &format!("    {at} {:?} up {} {head:?} {latched:?} {role:?}\n", h.role, h.running.is_some());
         }
         text
     }

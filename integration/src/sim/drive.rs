@@ -312,7 +312,9 @@ impl World {
                 self.env(at, |env| machine.rolled_back(env, (*store.state()).clone(), out));
                 true
             }
-            Err(StoreError::CannotRollBack { .. }) if machine.status(self.hosts[at].now(self.now)).owner.is_some() => {
+            Err(StoreError::CannotRollBack { .. })
+                if machine.status(self.hosts[at].now(self.now)).owner.is_some() =>
+            {
                 let from = machine.status(self.hosts[at].now(self.now)).owner;
                 out.extend(from.map(|from| Output::StartBlockSync { from }));
                 false
@@ -395,7 +397,8 @@ impl World {
             match self.env(at, |env| machine.check_update(env, from, update, out)) {
                 Ok(Take::Append) => {
                     let payload = if store.kind() == MemberRole::Witness { &[] } else { payload };
-                    let reserved = store.reserve(update.bytes.len(), payload.len() / BLOCK_BYTES, Space::Data);
+                    let reserved =
+                        store.reserve(update.bytes.len(), payload.len() / BLOCK_BYTES, Space::Data);
                     match reserved.and_then(|r| store.append(r, update, payload)) {
                         Ok(()) => {
                             self.taken(at, update);
@@ -497,7 +500,9 @@ fn brief(m: &ImageMsg) -> String {
             format!("Headers {} after {} upto {}", headers.len(), parent.seq, upto.seq)
         }
         ImageMsg::Join(j) => format!("Join head {:?} durable {:?}", j.head, j.durable.seq),
-        ImageMsg::Voted { vote, .. } => format!("Voted head {:?} commit {:?} acked {:?}", vote.head, vote.commit, vote.acked),
+        ImageMsg::Voted { vote, .. } => {
+            format!("Voted head {:?} commit {:?} acked {:?}", vote.head, vote.commit, vote.acked)
+        }
         ImageMsg::Refused { why, seq, promised, join } => {
             format!("Refused {why:?} {seq} promised {promised} head {:?}", join.head)
         }

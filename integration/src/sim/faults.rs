@@ -94,7 +94,11 @@ impl World {
             _ => {
                 let policy = ImagePolicy {
                     acks: [Acks::Majority, Acks::Majority, Acks::All, Acks::Local][self.rng.index(4)],
-                    on_quorum_loss: if self.rng.one_in(2) { OnQuorumLoss::Degrade } else { OnQuorumLoss::Stall },
+                    on_quorum_loss: if self.rng.one_in(2) {
+                        OnQuorumLoss::Degrade
+                    } else {
+                        OnQuorumLoss::Stall
+                    },
                 };
                 self.order(owner, |token| Input::SetPolicy { policy, token });
             }
@@ -199,7 +203,8 @@ impl World {
         let machine = self.hosts[owner].machine().expect("invariant: it serves");
         let now = self.hosts[owner].now(self.now);
         let (state, status) = (machine.state(), machine.status(now));
-        let strict = state.policy == ImagePolicy { acks: Acks::Majority, on_quorum_loss: OnQuorumLoss::Stall };
+        let strict =
+            state.policy == ImagePolicy { acks: Acks::Majority, on_quorum_loss: OnQuorumLoss::Stall };
         let settled = status.commit >= state.config_seq && !status.degraded && !status.forced;
         let gone = |m: &vmfs_common::policy::Member| {
             let host = self.hosts.iter().find(|h| h.id.host == m.host);
@@ -208,7 +213,11 @@ impl World {
         let lost = state.members.all().iter().filter(|m| gone(m)).count();
         let bearable = state.members.len().saturating_sub(1) / 2;
         let data = state.members.data_members().filter(|m| !gone(m)).count();
-        if !strict || !settled || at == owner || self.oracle.wiped || lost + 1 > bearable || data < 2 {
+        if !strict || !settled || at == owner || self.oracle.wiped || lost + 1 > bearable {
+            return;
+        }
+        // With fewer data members than a flush needs copies of, only force goes on under `stall`.
+        if data <= state.members.data_copies() {
             return;
         }
         self.oracle.wiped = true;

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use vmfs_common::Digest;
 use vmfs_common::identity::HostKey;
 use vmfs_common::policy::{Member, MemberRole};
 use vmfs_common::{DatastoreId, Epoch, HostId, ImageId, Millis, StoreId};
-use vmfs_common::Digest;
 use vmfs_proto::{Contact, Identity, Machine};
 use vmfs_store::simdisk::SimDisk;
 use vmfs_store::{ImageStore, Store, StoreConfig, View};
@@ -63,6 +63,8 @@ pub(crate) struct Running {
 pub(crate) struct Known {
     /// The last update known to be durable and not cut since.
     pub(crate) durable: Ix,
+    /// The last change of the rule that this host made as the owner.
+    pub(crate) rule_since: Ix,
     /// Forks that must be listed until somebody drops them.
     pub(crate) forks: BTreeSet<String>,
     /// The meta record last written with success, and one that may have been written after it.

@@ -106,4 +106,3 @@ impl Net {
         self.next_session
     }
 }
-

@@ -94,7 +94,11 @@ impl std::fmt::Display for Failure {
         for line in &self.trace {
             writeln!(f, "    {line}")?;
         }
-        write!(f, "  replay: cargo run --release -p integration --bin sim -- --seed {} --ticks {} --runs 1", self.seed, self.ticks)
+        write!(
+            f,
+            "  replay: cargo run --release -p integration --bin sim -- --seed {} --ticks {} --runs 1",
+            self.seed, self.ticks
+        )
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vmfs_common::header::Update;
 use vmfs_common::msg::ImageMsg;
+use vmfs_common::op::Op;
 use vmfs_common::policy::{Acks, MemberRole};
 use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Epoch, Head, HostId};
 use vmfs_proto::{FlushError, Loss, Machine, OpError, OpOutcome};
@@ -50,8 +51,12 @@ impl World {
             let text: String = format!("{:?}", update.header.op).chars().take(60).collect();
             format!("{at} makes {} of {}: {text}", update.header.seq, update.header.epoch)
         });
-        if let Err(e) = self.model.add(update.head(), update.header.parent, effect, forced) {
-            self.fail(format!("host {at}: {e}"));
+        match self.model.add(update.head(), update.header.parent, effect, forced) {
+            Ok(ix) if matches!(update.header.op, Op::EpochStart(_) | Op::Members(_) | Op::Policy(_)) => {
+                self.hosts[at].known.rule_since = ix;
+            }
+            Ok(_) => {}
+            Err(e) => self.fail(format!("host {at}: {e}")),
         }
     }
 
@@ -104,7 +109,8 @@ impl World {
         let Some(copy) = self.hosts[at].copy() else { return };
         let store = copy.store.clone();
         let listed = store.forks();
-        let missing = self.hosts[at].known.forks.iter().find(|n| !listed.iter().any(|f| f.name == **n)).cloned();
+        let missing =
+            self.hosts[at].known.forks.iter().find(|n| !listed.iter().any(|f| f.name == **n)).cloned();
         if let Some(name) = missing {
             return self.fail(format!("host {at} no longer lists the fork {name}"));
         }
@@ -182,6 +188,11 @@ impl World {
     /// A store was opened: what was durable is there, and nothing that nobody made.
     pub(crate) fn check_reopened(&mut self, at: At, store: &Arc<Store>) {
         let damaged = store.damaged();
+        let excused = self.hosts[at].faulty || self.hosts[at].full || self.hosts[at].has_stopped();
+        if !damaged.is_empty() && excused {
+            // An error of the disk keeps it from being opened; the next start tries again.
+            return self.kill(at);
+        }
         if !damaged.is_empty() {
             return self.fail(format!("host {at} finds its image damaged after a restart: {damaged:?}"));
         }
@@ -308,7 +319,9 @@ impl World {
 
     /// The copies that an acknowledged flush claims to have.
     fn check_copies(&mut self, at: At, m: &Machine, target: Ix, lax: bool) {
-        if lax || self.oracle.wiped {
+        // What came before the last change of the rule may go by the rule before.
+        let before = !self.model.contains(target, self.hosts[at].known.rule_since);
+        if lax || self.oracle.wiped || before {
             return;
         }
         let (state, degraded) = (m.state(), m.status(self.hosts[at].now(self.now)).degraded);
@@ -368,7 +381,8 @@ impl World {
         let Some(machine) = &copy.machine else { return };
         let (head, stored) = (machine.state().head(), copy.store.head());
         let failed = copy.store.latched().is_some();
-        if head != stored && !failed && copy.pull.is_none() && !machine.describe_role().starts_with("failed") {
+        if head != stored && !failed && copy.pull.is_none() && !machine.describe_role().starts_with("failed")
+        {
             return self.fail(format!("host {at}: the machine is at {head:?}, the store at {stored:?}"));
         }
         if !machine.is_open_owner() || self.oracle.served.contains_key(&head.epoch) {
@@ -380,7 +394,9 @@ impl World {
         self.counts.epochs += 1;
         self.oracle.served.insert(head.epoch, own);
         let lost = |a: &&Acked| {
-            !a.lax && a.epoch < head.epoch && !self.model.contains(own, a.target)
+            !a.lax
+                && a.epoch < head.epoch
+                && !self.model.contains(own, a.target)
                 && !self.model.split_by_force(own, a.target)
         };
         let lost = self.oracle.acked.iter().find(lost).map(|a| self.model.node(a.target).head);

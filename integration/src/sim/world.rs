@@ -1,7 +1,7 @@
 //! The clock, the events, and hosts going up and down.
 
-use std::collections::{BinaryHeap, VecDeque};
 use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 
 use vmfs_common::policy::MemberRole;
@@ -272,7 +272,8 @@ impl World {
         self.after(250_000, Event::SlowTick { at, life });
         let now = self.hosts[at].now(self.now);
         let Some(copy) = self.hosts[at].copy_mut() else { return };
-        let progress: Vec<_> = copy.lines.iter_mut().filter_map(|(to, l)| Some((*to, l.sent.take()?))).collect();
+        let progress: Vec<_> =
+            copy.lines.iter_mut().filter_map(|(to, l)| Some((*to, l.sent.take()?))).collect();
         for (to, seq) in progress {
             let to = self.host_id(to);
             self.input(at, Input::StreamProgress { to, seq });
@@ -325,6 +326,9 @@ impl World {
         self.hosts[at].running =
             Some(Running { store: store.clone(), contacts: Default::default(), copy: None });
         self.check_reopened(at, &store);
+        if self.hosts[at].running.is_none() {
+            return;
+        }
         for (pause, event) in [
             (250_000, Event::SlowTick { at, life }),
             (self.rng.between(1, 200_000), Event::Background { at, life }),
@@ -381,10 +385,7 @@ impl World {
         &mut self,
         at: At,
         store: Arc<vmfs_store::ImageStore>,
-        make: impl FnOnce(
-            &mut vmfs_proto::Env<'_>,
-            &mut Vec<vmfs_proto::Output>,
-        ) -> Result<Machine, String>,
+        make: impl FnOnce(&mut vmfs_proto::Env<'_>, &mut Vec<vmfs_proto::Output>) -> Result<Machine, String>,
     ) {
         let copy = Copy {
             store,
