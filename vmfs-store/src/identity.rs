@@ -119,9 +119,12 @@ pub(crate) fn take_generations(disk: &dyn Disk) -> Result<u64, StoreError> {
     }
     let first = limits.iter().flatten().max().copied();
     let first = first.ok_or_else(|| StoreError::corrupt("the store's generation limit"))?;
-    // The lower (or damaged) one is overwritten.
+    // The lower (or damaged) one is overwritten. Before that the other is made durable: it may be there
+    // in the page cache only, from a start whose sync has failed.
     let victim = u64::from(limits[0] > limits[1]);
-    file.write_at(&limit_page(first + STEP), (2 + victim) * PAGE_U64).during(what)?;
-    file.sync().during(what)?;
+    for (limit, place) in [(first, 1 - victim), (first + STEP, victim)] {
+        file.write_at(&limit_page(limit), (2 + place) * PAGE_U64).during(what)?;
+        file.sync().during(what)?;
+    }
     Ok(first)
 }

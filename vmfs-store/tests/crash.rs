@@ -30,6 +30,7 @@ fn trace() -> bool {
 }
 
 struct Sim {
+    seed: u64,
     rng: Rng,
     disk: SimDisk,
     store: Arc<Store>,
@@ -48,8 +49,19 @@ struct Sim {
     crashes: u32,
 }
 
-fn config() -> StoreConfig {
-    StoreConfig { retain_log_bytes_max: 256 << 10, ..small() }
+/// Seeds differ in their bounds, too.
+fn config(seed: u64) -> StoreConfig {
+    StoreConfig {
+        retain_log_bytes_max: [256 << 10, 0, 4 << 20][seed as usize % 3],
+        segment_bytes_max: [128 << 10, 1 << 20][seed as usize % 2],
+        ..small()
+    }
+}
+
+/// Where in the image the work is: across the borders of map pages of every level.
+fn offset(seed: u64) -> u64 {
+    let borders = [0u64, 512, 1 << 18, 1 << 27, 1 << 36, (1 << 40) - 2 * BLOCKS];
+    borders[seed as usize % borders.len()].saturating_sub(BLOCKS / 2)
 }
 
 type Done = Result<(), StoreError>;
@@ -57,14 +69,16 @@ type Done = Result<(), StoreError>;
 impl Sim {
     fn new(seed: u64) -> Self {
         let disk = SimDisk::new(64 << 20);
-        let store = create(&disk, config()).unwrap();
+        let store = create(&disk, config(seed)).unwrap();
         let image = store.create_image(IMAGE, MemberRole::Replica).unwrap();
         let (maker, genesis) = Maker::genesis(IMAGE);
         append(&image, &genesis, &[]).unwrap();
         let mut model = Model::new();
         model.push(&genesis, &[], |_| {});
         store.put_meta(IMAGE, &0u64.to_le_bytes()).unwrap();
+        model.offset = offset(seed);
         Self {
+            seed,
             rng: Rng(seed),
             disk,
             store,
@@ -92,7 +106,7 @@ impl Sim {
         let fills: Vec<u64> =
             (0..len).map(|_| if self.rng.below(6) == 0 { 0 } else { 1 + self.rng.below(1 << 20) }).collect();
         let data: Vec<u8> = fills.iter().zip(start..).flat_map(|(f, i)| block(i, *f)).collect();
-        let (u, payload) = self.maker.write(start, &data, self.commit);
+        let (u, payload) = self.maker.write(start + self.model.offset, &data, self.commit);
         self.model.push(&u, &payload, |m| {
             m[usize::try_from(start).unwrap()..][..fills.len()].copy_from_slice(&fills);
         });
@@ -101,7 +115,7 @@ impl Sim {
     fn zero(&mut self) -> Done {
         let start = self.rng.below(BLOCKS);
         let count = 1 + self.rng.below(BLOCKS - start);
-        let u = self.maker.zero(start, count, self.commit);
+        let u = self.maker.zero(start + self.model.offset, count, self.commit);
         self.model.push(&u, &[], |m| {
             m[usize::try_from(start).unwrap()..usize::try_from(start + count).unwrap()].fill(0);
         });
@@ -109,7 +123,7 @@ impl Sim {
     }
     fn resize(&mut self) -> Done {
         let blocks = self.rng.below(2 * BLOCKS);
-        let u = self.maker.resize(blocks, self.commit);
+        let u = self.maker.resize(blocks + self.model.offset, self.commit);
         self.model.push(&u, &[], |m| {
             if blocks < BLOCKS {
                 m[usize::try_from(blocks).unwrap()..].fill(0);
@@ -203,7 +217,7 @@ impl Sim {
         let tip = self.model.history.last().unwrap().2.tip;
         let start = self.maker.next_epoch(self.epoch, &tip);
         elsewhere.push(&start, &[], |_| {});
-        let (base, payload) = self.maker.write(0, &block(0, 77), self.commit);
+        let (base, payload) = self.maker.write(self.model.offset, &block(0, 77), self.commit);
         next[0] = 77;
         elsewhere.push(&base, &payload, |m| m.clone_from(&next));
         self.also = Some(elsewhere.clone());
@@ -222,7 +236,7 @@ impl Sim {
                     .filter(|(_, d)| !d.is_zero())
                     .flat_map(|(b, _)| b)
                     .collect();
-                import.write(BlockIndex(at), &digests, &payload)?;
+                import.write(BlockIndex(at + self.model.offset), &digests, &payload)?;
             }
             at += n;
         }
@@ -296,11 +310,11 @@ impl Sim {
         if self.rng.below(4) == 0 {
             // Again, in the middle of the recovery.
             self.disk.stop_at_call(Some(self.disk.calls() + self.rng.below(12)));
-            drop(open(&self.disk, config()));
+            drop(open(&self.disk, config(self.seed)));
             let seed = self.rng.below(u64::MAX);
             self.disk = self.disk.power_cut(seed);
         }
-        self.store = open(&self.disk, config()).unwrap();
+        self.store = open(&self.disk, config(self.seed)).unwrap();
         assert_eq!(self.store.damaged(), []);
         self.image = self.store.image(IMAGE).expect("the image is there");
         let head = self.image.head();

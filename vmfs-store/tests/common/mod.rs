@@ -157,6 +157,8 @@ pub const BLOCKS: u64 = 700;
 pub struct Model {
     /// One entry per update, from the state before any: head and fills.
     pub history: Vec<(Head, Vec<u64>, ImageState)>,
+    /// Index of the image's block that the model's first one stands for.
+    pub offset: u64,
     /// The update that led to each, and its payload.
     pub updates: Vec<Option<(Update, Vec<u8>)>>,
 }
@@ -165,6 +167,7 @@ impl Model {
     pub fn new() -> Self {
         Self {
             history: vec![(Head::default(), vec![0; BLOCKS as usize], ImageState::new(IMAGE))],
+            offset: 0,
             updates: vec![None],
         }
     }
@@ -195,7 +198,7 @@ impl Model {
         assert_eq!(*image.state(), *state, "state at {}", head.seq);
         let view = image.view();
         let mut buf = vec![0u8; BLOCKS as usize * BLOCK_BYTES];
-        if let Err(e) = image.read(BlockIndex(0), &mut buf) {
+        if let Err(e) = image.read(BlockIndex(self.offset), &mut buf) {
             let bad = match e {
                 StoreError::BadBlock { index } => index.0,
                 e => panic!("{e}"),
@@ -208,9 +211,9 @@ impl Model {
             panic!("{e} at {} log {}", head.seq, image.log_start());
         }
         let mut again = vec![0u8; buf.len()];
-        view.read(BlockIndex(0), &mut again).unwrap();
+        view.read(BlockIndex(self.offset), &mut again).unwrap();
         assert!(buf == again);
-        let digests = view.digests(BlockIndex(0), BLOCKS as usize).unwrap();
+        let digests = view.digests(BlockIndex(self.offset), BLOCKS as usize).unwrap();
         let mut data = 0;
         for (i, fill) in fills.iter().enumerate() {
             let want = block(i as u64, *fill);
