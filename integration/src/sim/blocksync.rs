@@ -219,10 +219,12 @@ impl World {
         }
         let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
         let from = store.head();
+        let retained = store.log_start() <= from.seq;
+        self.cutting(at, vouched.base.head());
         match import.finish(&vouched.base, vouched.state.clone(), true) {
             Ok(fork) => {
                 self.note(|| format!("{at} has copied the state at {}", vouched.base.header.seq));
-                self.cut(at, from, vouched.base.head(), fork.as_ref());
+                self.cut(at, from, vouched.base.head(), fork.as_ref(), retained);
                 pull.done = Some(vouched.state);
                 Step::Installed
             }

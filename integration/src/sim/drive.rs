@@ -305,10 +305,12 @@ impl World {
     ) -> bool {
         let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
         let from = store.head();
+        let retained = store.log_start() <= from.seq;
+        self.cutting(at, to);
         match store.roll_back(to, keep_fork) {
             Ok(fork) => {
                 self.note(|| format!("{at} rolls back from {} to {} of {}", from.seq, to.seq, to.epoch));
-                self.cut(at, from, to, fork.as_ref());
+                self.cut(at, from, to, fork.as_ref(), retained);
                 self.env(at, |env| machine.rolled_back(env, (*store.state()).clone(), out));
                 true
             }

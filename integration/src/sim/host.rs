@@ -63,6 +63,8 @@ pub(crate) struct Running {
 pub(crate) struct Known {
     /// The last update known to be durable and not cut since.
     pub(crate) durable: Ix,
+    /// A cut down to here was begun: the power may fail before or after it takes effect.
+    pub(crate) cutting: Option<Ix>,
     /// The last change of the rule that this host made as the owner.
     pub(crate) rule_since: Ix,
     /// Forks that must be listed until somebody drops them.

@@ -82,11 +82,18 @@ impl World {
         }
     }
 
-    /// A copy went from one head to another that need not contain it.
-    pub(crate) fn cut(&mut self, at: At, from: Head, to: Head, fork: Option<&ForkInfo>) {
+    /// A copy is about to go to another head.
+    pub(crate) fn cutting(&mut self, at: At, to: Head) {
+        self.hosts[at].known.cutting = self.head_ix(at, to);
+    }
+
+    /// A copy went from one head to another that need not contain it. `retained`: its log held the tail
+    /// (content that was copied as blocks comes without updates, and cannot become a fork).
+    pub(crate) fn cut(&mut self, at: At, from: Head, to: Head, fork: Option<&ForkInfo>, retained: bool) {
         let (Some(old), Some(new)) = (self.head_ix(at, from), self.head_ix(at, to)) else { return };
         self.hosts[at].known.durable = new;
-        if !self.model.contains(new, old) {
+        self.hosts[at].known.cutting = None;
+        if !self.model.contains(new, old) && retained {
             match fork {
                 None => self.fail(format!("host {at} cut {from:?} down to {to:?} and kept no fork")),
                 Some(f) if f.head != from => {
@@ -212,7 +219,11 @@ impl World {
         };
         let head = copy.head();
         let Some(ix) = self.head_ix(at, head) else { return };
-        if !self.model.contains(ix, durable) {
+        let cut = self.hosts[at].known.cutting.take().is_some_and(|to| self.model.contains(ix, to));
+        let forked = copy.forks().iter().any(|f| {
+            self.model.find(f.head).is_some_and(|head| self.model.contains(head, durable))
+        });
+        if !self.model.contains(ix, durable) && !(cut && (forked || copy.log_start() > head.seq)) {
             let had = self.model.node(durable).head;
             return self.fail(format!("host {at} had {had:?} durable and restarts with {head:?}"));
         }
