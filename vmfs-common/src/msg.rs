@@ -266,6 +266,6 @@ mod tests {
         long.push(0);
         assert_eq!(decode::<ImageMsg>(&long), Err(CodecError::Trailing(1)));
         assert!(decode::<ImageMsg>(&bytes[..bytes.len() - 1]).is_err());
-        assert!(decode::<ImageMsg>(&vec![0xff; 64]).is_err());
+        assert!(decode::<ImageMsg>(&[0xff; 64]).is_err());
     }
 }

@@ -1,5 +1,7 @@
 //! The chain's promises: an honest chain is accepted whole; every alteration is refused by its name.
 
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test fails by panicking")]
+
 use vmfs_common::chain::{
     Draft, EpochAudit, EpochSecret, OwnerChain, Refusal, Tip, check_extends, check_seal,
 };

@@ -1,6 +1,8 @@
 //! Every decoder of untrusted bytes: no panic, and what is accepted is the one canonical form. Random
 //! bytes, and valid bytes with random damage. A failing case is printed by proptest with its seed.
 
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test fails by panicking")]
+
 use proptest::prelude::*;
 use vmfs_common::chain::{Draft, EpochSecret, OwnerChain, Tip};
 use vmfs_common::config::Config;

@@ -222,6 +222,11 @@ impl Meta {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::field_reassign_with_default,
+    reason = "small made-up numbers"
+)]
 mod tests {
     use super::*;
     use vmfs_common::identity::Signature;

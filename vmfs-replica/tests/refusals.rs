@@ -1,6 +1,8 @@
 //! Every refusal of the chain, sent over a real connection by a host with a valid certificate, to a
 //! real engine: it answers with the typed reason, counts it, and changes nothing.
 
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test fails by panicking")]
+
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;

@@ -22,10 +22,11 @@ use vmfs_common::op::Op;
 use vmfs_common::policy::{Acks, MemberRole, OnQuorumLoss};
 use vmfs_common::state::ImageState;
 
-use crate::api::{Env, Gate, OpError, Output, Timing, Token, Wait};
+use crate::api::{Env, Gate, Output, Timing, Token, Wait};
 use crate::candidate::Candidate;
 use crate::loss::Loss;
 use crate::machine::{Machine, RoleState};
+use crate::ops::OpError;
 use crate::owner::handover::Draining;
 use crate::owner::members::Change;
 use crate::owner::stream::Link;
@@ -163,7 +164,7 @@ impl Owner {
         self.bytes_total += update.bytes.len() as u64 + payload;
         self.ring.push_back(Recent { digest: update.digest, bytes_to: self.bytes_total });
         let keep_from = self.commit.0.saturating_sub(RING_KEEP);
-        while self.ring.len() > RING_MAX + RING_KEEP as usize
+        while self.ring.len() > RING_MAX + usize::try_from(RING_KEEP).unwrap_or(RING_MAX)
             || (self.ring_start.0 < keep_from && self.ring.len() > 1)
         {
             self.ring.pop_front();

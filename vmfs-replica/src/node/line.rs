@@ -57,7 +57,7 @@ pub(crate) struct Line {
 }
 
 enum Work {
-    Message(ImageMsg),
+    Message(Box<ImageMsg>),
     Feed(Feed, bool),
     Idle,
     Closed,
@@ -140,7 +140,7 @@ impl Line {
             return Work::Closed;
         }
         if let Some(m) = q.messages.pop_front() {
-            return Work::Message(m);
+            return Work::Message(Box::new(m));
         }
         if let (Some(feed), Some((low, high, commit))) = (q.feed, q.sync)
             && feed.next > low
@@ -148,7 +148,7 @@ impl Line {
             // The stream has passed the lowest one wanted: ask for all that it has passed.
             let seq = high.min(feed.next.prev());
             q.sync = (high > seq).then_some((high, high, commit));
-            return Work::Message(ImageMsg::Sync { seq, commit });
+            return Work::Message(Box::new(ImageMsg::Sync { seq, commit }));
         }
         if let Some(serve) = q.serve {
             if serve.upto.is_some_and(|u| serve.next <= u) {
@@ -168,7 +168,7 @@ impl Line {
         loop {
             match self.next_work(image.head_seq()) {
                 Work::Closed => return Ok(()),
-                Work::Message(m) => stream.send_control(Bytes::from(msg::encode(&m))).await?,
+                Work::Message(m) => stream.send_control(Bytes::from(msg::encode(&*m))).await?,
                 Work::Feed(feed, serving) => self.send_batch(image, &mut stream, feed, serving).await?,
                 Work::Idle => {
                     tokio::select! {

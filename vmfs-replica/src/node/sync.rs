@@ -47,7 +47,14 @@ pub(crate) enum SyncError {
 
 enum Served {
     Opening,
-    Open { view: View, base: Update, root: Update, seal: Update },
+    Open(Box<Opened>),
+}
+
+struct Opened {
+    view: View,
+    base: Update,
+    root: Update,
+    seal: Update,
 }
 
 /// Views that this host serves to members.
@@ -68,7 +75,7 @@ impl SyncServer {
         *used = Instant::now();
         match served {
             Served::Opening => None,
-            Served::Open { view, .. } => Some(view.clone()),
+            Served::Open(open) => Some(open.view.clone()),
         }
     }
 
@@ -79,7 +86,7 @@ impl SyncServer {
             *used = Instant::now();
             return match served {
                 Served::Opening => (Told::NotYet, Vec::new()),
-                Served::Open { view, base, root, seal } => opened(view, base, root, seal),
+                Served::Open(open) => opened(&open.view, &open.base, &open.root, &open.seal),
             };
         }
         if all.len() >= SERVED_MAX {
@@ -92,7 +99,7 @@ impl SyncServer {
             Ok((view, base, root, seal)) => {
                 let mut all = server.0.lock();
                 if let Some(slot) = all.get_mut(&(from, token)) {
-                    *slot = (Served::Open { view, base, root, seal }, Instant::now());
+                    *slot = (Served::Open(Box::new(Opened { view, base, root, seal })), Instant::now());
                 }
             }
             Err(e) => {
