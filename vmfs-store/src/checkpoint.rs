@@ -303,3 +303,64 @@ pub(crate) fn read_slot(
         Err(_) => Ok(None),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vmfs_common::Head;
+
+    use super::*;
+
+    fn row(n: u32) -> SegmentRow {
+        SegmentRow {
+            no: n,
+            class: Class::ALL[n as usize % Class::COUNT],
+            generation: 7 + u64::from(n),
+            ordinal: 3,
+            start_seq: Seq(u64::from(n) * 10),
+            in_chain: n.is_multiple_of(2),
+            prepared: n.is_multiple_of(3),
+            live: n,
+        }
+    }
+
+    fn body(rows: u32) -> Body {
+        let info = ForkInfo {
+            name: "a fork".into(),
+            ancestor: Head::default(),
+            head: Head { seq: Seq(9), ..Head::default() },
+            updates: 9,
+            bytes: 4096,
+            time_ns: 5,
+        };
+        Body {
+            kind: MemberRole::Replica,
+            gen_mark: 99,
+            commit: Seq(4),
+            log_start: Seq(2),
+            pos: Some(LogPos { generation: 8, page: 4, index: 1, offset: 77 }),
+            root: PageRef(5 << 32 | 1),
+            height: 2,
+            allocated: 12,
+            segments: (0..rows).map(row).collect(),
+            forks: vec![ForkRow { info, chain: vec![row(1)] }],
+            state: Arc::new(ImageState::new(ImageId::from_bytes([3; 16]))),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn bodies_round_trip_and_damaged_ones_never_panic(
+            rows in 0u32..40, at in 0usize..4000, xor in 1u8.., cut in 0usize..4000,
+        ) {
+            let body = body(rows);
+            let mut bytes = body.encode();
+            prop_assert_eq!(Body::decode(&bytes).expect("just encoded"), body);
+            let at = at % bytes.len();
+            bytes[at] ^= xor;
+            let _ = Body::decode(&bytes);
+            bytes.truncate(cut);
+            let _ = Body::decode(&bytes);
+        }
+    }
+}

@@ -95,8 +95,14 @@ impl ImageStore {
             self.sync()?;
             return Ok(None);
         }
-        if to.seq > self.head().seq || self.head_at(to.seq)? != Some(to) {
+        if to.seq > self.head().seq {
             return Err(StoreError::NotInHistory(to));
+        }
+        match self.head_at(to.seq)? {
+            Some(head) if head == to => {}
+            Some(_) => return Err(StoreError::NotInHistory(to)),
+            // Before the log: whether it was ever here is no longer known.
+            None => return Err(StoreError::CannotRollBack { to: to.seq }),
         }
         // What stays must be durable before the cut is, and a fork's tail is kept whole.
         let (excluded, mut tail) = self.synced_and_alone()?;

@@ -136,3 +136,43 @@ impl HeaderPage {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(write_no: u32, fill: u8) -> HeaderPage {
+        let mut p = HeaderPage::new(6, 2);
+        assert_eq!(p.push(&[fill; 100]), 100);
+        p.first = Some(Start { offset: 10, seq: 77, payload_page: 9 });
+        p.next = 30;
+        p.write_no = write_no;
+        p
+    }
+
+    #[test]
+    fn the_newer_whole_copy_of_its_own_generation_counts() {
+        let old = *page(4, 1).finish(8, 70);
+        let new = *page(5, 2).finish(8, 71);
+        let read = |a: &[u8], b: &[u8]| HeaderPage::parse_pair(&[a, b].concat(), 6, 2, 8);
+        let got = read(&old, &new).expect("two whole copies");
+        assert_eq!((got.write_no, got.synced_seq, got.next, got.used()), (5, 71, 30, 100));
+        assert_eq!(got.first, page(5, 2).first);
+        assert_eq!(got.body(), [2; 100]);
+        for at in [0, 5, 7, 9, 17, 21, 49, 61, 64, 4095] {
+            let mut torn = new;
+            torn[at] ^= 0x10;
+            assert_eq!(read(&old, &torn).expect("the other copy").write_no, 4, "byte {at}");
+        }
+        assert!(HeaderPage::parse_pair(&[old, new].concat(), 6, 2, 9).is_none());
+        assert!(HeaderPage::parse_pair(&[old, new].concat(), 8, 2, 8).is_none());
+        assert!(HeaderPage::parse_pair(&[old, new].concat(), 6, 3, 8).is_none());
+    }
+
+    #[test]
+    fn a_partial_page_goes_to_the_other_copy_each_time() {
+        let (a, b) = (page(4, 1), page(5, 1));
+        assert_ne!(a.slot_offset(), b.slot_offset());
+        assert_eq!(a.other_slot_offset(), b.slot_offset());
+    }
+}

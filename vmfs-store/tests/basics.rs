@@ -99,6 +99,8 @@ fn retained_log_is_kept_and_let_go() {
     rig.write(1, &[2]);
     rig.image.checkpoint().unwrap();
     assert!(rig.image.log_start() > Seq(250), "{}", rig.image.log_start());
+    let gone = rig.model.history[100].0;
+    assert!(matches!(rig.image.roll_back(gone, true), Err(StoreError::CannotRollBack { to: Seq(100) })));
     rig.model.check(&rig.image);
 }
 
