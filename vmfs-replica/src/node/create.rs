@@ -46,8 +46,8 @@ impl NodeInner {
         found.into_iter().next()
     }
 
-    /// Makes an image that this host owns. Its name and attributes are in its chain on return,
-    /// durable with its first flush.
+    /// Makes an image that this host owns. Its name and attributes are in its chain on return, on this
+    /// host's stable storage, and on its members' with its first flush.
     ///
     /// # Errors
     /// See [`CreateError`]; nothing is left behind.
@@ -76,7 +76,9 @@ impl NodeInner {
                 image.control(|_| Some(Op::Xattr { name: name.clone(), value: Some(value.clone()) }))
             })
         });
-        if let Err(e) = named {
+        // Durable here before anybody is told of the name: a catalog never names what a power cut took.
+        let durable = named.and_then(|()| image.store.sync().map_err(IoError::from));
+        if let Err(e) = durable {
             self.forget(&image)?;
             return Err(e.into());
         }
