@@ -13,7 +13,8 @@ use rand::Rng;
 use rand::seq::IndexedRandom;
 
 const IMAGE: &str = "guest.raw";
-const ROUNDS: u64 = 10;
+/// In each of the two modes.
+const ROUNDS: u64 = 5;
 /// The contract's limit for `vmfs promote` of an image in sync.
 const PROMOTE_LIMIT: Duration = secs(1);
 

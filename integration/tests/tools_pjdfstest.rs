@@ -43,7 +43,7 @@ fn pjdfstest_fails_only_where_the_documents_say_so() {
     };
     let (passed, failed) = (verdicts(" ok"), verdicts(" FAILED"));
     println!("{}", ran.stdout.lines().last().unwrap_or_default());
-    assert!(passed.len() > 200, "it did not run: {ran}");
+    assert!(passed.len() >= 200, "it did not run: {ran}");
     let surprising: Vec<_> = failed.difference(&expected).collect();
     assert!(surprising.is_empty(), "{} undocumented failures: {surprising:#?}\n{ran}", surprising.len());
     let kept: Vec<_> = expected.difference(&failed).collect();
