@@ -1,9 +1,11 @@
 //! What fate and operators do to a cluster while it runs.
 
+use vmfs_common::header::Update;
 use vmfs_common::policy::{Acks, ImagePolicy, MemberRole, OnQuorumLoss};
 use vmfs_proto::Input;
 
 use super::At;
+use super::link::Packet;
 use super::world::World;
 
 /// Most hosts of a run.
@@ -151,6 +153,7 @@ impl World {
             17 if plan.full => self.fill_disk(a),
             18 if plan.wipes && self.rng.one_in(4) => self.wipe_a_minority(a),
             19 | 20 if plan.replays => self.replay(),
+            22 | 23 if plan.replays => self.forge(),
             21 if self.rng.one_in(4) => {
                 // The wall clock jumps.
                 self.hosts[a].wall_skew_ns = 1_600_000_000_000_000_000 + (self.rng.next() >> 4);
@@ -222,6 +225,45 @@ impl World {
         }
         self.oracle.wiped = true;
         self.wipe(at);
+    }
+
+    /// Somebody sends an update that the owner never made, or a bent one.
+    fn forge(&mut self) {
+        let updates: Vec<_> =
+            self.oracle.heard.iter().filter(|(_, _, p)| matches!(p, Packet::Update(..))).cloned().collect();
+        if updates.is_empty() {
+            return;
+        }
+        let (mut from, to, packet) = updates[self.rng.index(updates.len())].clone();
+        let Packet::Update(header, mut payload) = packet else { return };
+        let (Some(copy), Ok(update)) = (self.hosts[to].copy(), Update::decode(&header)) else { return };
+        let head = copy.store.head();
+        if self.rng.one_in(3) {
+            from = self.rng.index(self.hosts.len());
+        }
+        let mut h = update.header;
+        match self.rng.below(4) {
+            0 if !payload.is_empty() => {
+                let mut bytes = payload.to_vec();
+                let at = self.rng.index(bytes.len());
+                bytes[at] ^= 1 << self.rng.below(8);
+                payload = bytes.into();
+            }
+            1 => h.time_ns += 1,
+            2 => (h.seq, h.parent, h.epoch) = (head.seq.next(), head.digest, head.epoch),
+            _ => {
+                (h.seq, h.parent, h.epoch) = (head.seq.next(), head.digest, head.epoch);
+                h.epoch.number += 1;
+                h.epoch.host = self.host_id(from);
+            }
+        }
+        if from == to || self.net.session(to, from).is_none() {
+            return;
+        }
+        let forged = Update::from_header(h);
+        self.note(|| format!("{from} forges update {} of {} to {to}", forged.header.seq, forged.header.epoch));
+        self.receive(from, to, &Packet::Update((*forged.bytes).into(), payload));
+        self.settle(to);
     }
 
     /// Something that was said before is said again, by the same host.
