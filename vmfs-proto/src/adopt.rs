@@ -11,11 +11,12 @@ use vmfs_common::ids::{Digest, Head, HostId, Millis, Seq};
 use vmfs_common::msg::{ImageMsg, Join, Occasion};
 use vmfs_common::policy::MemberRole;
 
-use crate::api::{Env, Event, OpError, Output, Take};
+use crate::api::{Env, Event, Output, Take};
 use crate::candidate::{Stage, forced_list};
 use crate::lineage::common;
 use crate::loss;
 use crate::machine::{Machine, RoleState, send};
+use crate::ops::OpError;
 
 /// Longest suffix, in updates, that a candidate fetches from a voter (32 bytes of memory each).
 const SUFFIX_MAX: usize = 1 << 20;
@@ -74,7 +75,7 @@ impl Machine {
             Ok(head) => head,
             Err(heads) => {
                 let (a, b) = *heads;
-                c.problem = Some(OpError::Fork(a, b));
+                c.problem = Some(OpError::Fork(a.seq));
                 out.push(Output::Report(Event::Fork { ours: a, theirs: b }));
                 return;
             }
@@ -93,7 +94,7 @@ impl Machine {
             v.head == adopted && data(h) && self.connected.contains(h) && !c.bad_sources.contains(h)
         });
         let Some((source, _)) = source else {
-            c.problem = Some(OpError::DataMissing { have: own, need: adopted });
+            c.problem = Some(OpError::DataMissing { have: own.seq, need: adopted.seq });
             return;
         };
         let source = *source;

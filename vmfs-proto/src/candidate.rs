@@ -9,10 +9,11 @@ use vmfs_common::ids::{Digest, Epoch, Head, HostId, Millis, Seq};
 use vmfs_common::msg::{ImageMsg, Occasion, VoteRefusal};
 use vmfs_common::policy::{Member, MemberList, MemberRole};
 
-use crate::api::{Answer, Env, Event, OpError, Output, Timing, Token};
+use crate::api::{Env, Event, Output, Timing, Token};
 use crate::follower::BlockSync;
 use crate::loss::Loss;
 use crate::machine::{Machine, RoleState, op_done, send};
+use crate::ops::{Answer, OpError};
 
 /// Where a candidacy stands.
 #[derive(Debug)]
@@ -455,7 +456,10 @@ impl Machine {
         let gone = |h: HostId| {
             h == offering || matches!(c.answers.get(&h), Some(Answer::Refused(VoteRefusal::NotOwner(_))))
         };
-        self.state.members.all().iter().filter(|m| gone(m.host)).count() >= self.state.members.quorum()
+        // A change of members that is not known to be committed may be in this copy alone.
+        let before = self.meta.previous.as_ref().map(|r| &r.members);
+        let lists = [Some(&self.state.members), before].into_iter().flatten();
+        lists.into_iter().any(|l| l.all().iter().filter(|m| gone(m.host)).count() >= l.quorum())
     }
 
     /// True when no member that might still vote has yet to answer.

@@ -10,11 +10,12 @@ use vmfs_common::op::Op;
 use vmfs_common::policy::Member;
 use vmfs_common::state::ImageState;
 
-use crate::api::{Env, Event, FlushError, Output, Take};
+use crate::api::{Env, Event, Output, Take};
 use crate::follower::BlockSync;
 use crate::lineage::is_prefix_of;
 use crate::machine::{Machine, RoleState, send};
 use crate::meta::{AckedSeen, Rule};
+use crate::ops::FlushError;
 
 impl Machine {
     /// Judges an update frame. The payload has been checked against the digests before (see

@@ -9,9 +9,10 @@ use vmfs_common::op::Op;
 use vmfs_common::policy::{MemberList, MemberRole};
 use vmfs_common::state::ImageState;
 
-use crate::api::{Env, Event, FlushError, OpError, Output};
+use crate::api::{Env, Event, Output};
 use crate::lineage::marks;
 use crate::machine::{Machine, RoleState, send};
+use crate::ops::{FlushError, OpError};
 
 /// The owner that this copy follows, as it has stated itself on the present connection.
 #[derive(Debug, Clone)]

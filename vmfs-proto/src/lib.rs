@@ -10,6 +10,7 @@
 //! - `owner`: appending, committing, streaming, members, hand-over
 //! - `meta`: the durable record beside the chain; `shares`: the split secret; `lineage`: how far
 //!   two copies agree; [`loss`]: what a promotion says
+//! - [`ops`]: how requests end
 //! - [`status`]: what it tells about itself
 //!
 //! Not here: clocks, threads, files, sockets, payload (the engine checks it against the digests),
@@ -20,11 +21,13 @@ pub mod api;
 mod candidate;
 mod certify;
 mod copy;
+mod failed;
 mod follower;
 mod lineage;
 pub mod loss;
 pub mod machine;
 mod meta;
+pub mod ops;
 mod owner;
 mod shares;
 pub mod status;
@@ -32,10 +35,8 @@ pub mod status;
 pub mod testing;
 mod voter;
 
-pub use api::{
-    Answer, Contact, Env, Event, FlushError, Gate, Identity, Input, OpError, OpOutcome, Output, Refused,
-    Take, Timing, Token, Wait,
-};
+pub use api::{Contact, Env, Event, Gate, Identity, Input, Output, Refused, Take, Timing, Token, Wait};
 pub use loss::Loss;
 pub use machine::Machine;
+pub use ops::{Answer, FlushError, OpError, OpOutcome};
 pub use status::{Health, MemberStatus, Role, Status};

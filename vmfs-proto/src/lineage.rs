@@ -58,7 +58,8 @@ mod tests {
     use vmfs_common::{Digest, Epoch, HostId, StoreId};
 
     fn head(epoch: u64, seq: u64) -> Head {
-        let digest = [epoch as u8, seq as u8];
+        let byte = |n| u8::try_from(n).unwrap();
+        let digest = [byte(epoch), byte(seq)];
         let mut d = [0; 32];
         d[..2].copy_from_slice(&digest);
         Head {
@@ -68,11 +69,12 @@ mod tests {
         }
     }
     fn chain(entries: &[(Head, Head)], tip: Head) -> ImageState {
-        let mut s = ImageState::default();
-        s.epochs = entries
-            .iter()
-            .map(|(start, parent)| EpochEntry { epoch: start.epoch, start: *start, parent: *parent })
-            .collect();
+        let entry = |(start, parent): &(Head, Head)| EpochEntry {
+            epoch: start.epoch,
+            start: *start,
+            parent: *parent,
+        };
+        let mut s = ImageState { epochs: entries.iter().map(entry).collect(), ..ImageState::default() };
         s.tip.head = tip;
         s
     }

@@ -12,11 +12,12 @@ use vmfs_common::msg::ImageMsg;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
 
-use crate::api::{Env, FlushError, Gate, Identity, Input, OpError, Output, Refused, Timing, Token, Wait};
+use crate::api::{Env, Gate, Identity, Input, Output, Refused, Timing, Token, Wait};
 use crate::candidate::Candidate;
 use crate::certify::Walk;
 use crate::follower::{BlockSync, Following};
 use crate::meta::Meta;
+use crate::ops::{FlushError, OpError};
 use crate::owner::Owner;
 use crate::owner::handover::HandoverOp;
 use crate::voter::Promise;
@@ -319,7 +320,7 @@ impl Machine {
             Input::Fail { token } => {
                 self.fail_flushes(FlushError::GivenUp, out);
                 out.push(Output::FailWaiting);
-                op_done(out, token, Ok(crate::api::OpOutcome::Done));
+                op_done(out, token, Ok(crate::ops::OpOutcome::Done));
             }
             Input::AbandonForced { token } => self.abandon_forced(env, token, out),
         }
@@ -438,45 +439,6 @@ impl Machine {
         }
     }
 
-    fn handle_failed(&mut self, input: Input, out: &mut Vec<Output>) {
-        match input {
-            Input::Flush { token } => {
-                out.push(Output::FlushDone { token, result: Err(FlushError::StoreFailed) });
-            }
-            Input::Promote { token, .. }
-            | Input::Handover { token, .. }
-            | Input::AddMember { token, .. }
-            | Input::RemoveMember { token, .. }
-            | Input::SetPolicy { token, .. }
-            | Input::AbandonForced { token } => op_done(out, token, Err(OpError::StoreFailed)),
-            Input::Fail { token } => op_done(out, token, Ok(crate::api::OpOutcome::Done)),
-            Input::PeerUp { host } => {
-                self.connected.insert(host);
-            }
-            Input::PeerDown { host } => {
-                self.connected.remove(&host);
-            }
-            Input::Msg { from, msg } => {
-                if let ImageMsg::Propose { proposal, .. } = *msg {
-                    let why = vmfs_common::msg::VoteRefusal::StoreFailed;
-                    send(out, from, ImageMsg::VoteRefused { ballot: proposal.ballot, why });
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn store_failed(&mut self, out: &mut Vec<Output>) {
-        self.fail_flushes(FlushError::StoreFailed, out);
-        self.fail_ops(&OpError::StoreFailed, out);
-        for host in &self.connected {
-            out.push(Output::StopStream { to: *host });
-        }
-        self.role = RoleState::Failed;
-        self.promise = None;
-        out.push(Output::GateChanged);
-    }
-
     /// This host owns the image, and its `EpochStart` is committed.
     #[must_use]
     pub fn is_open_owner(&self) -> bool {
@@ -568,24 +530,6 @@ impl Machine {
         self.ack_if_due(env, out);
         self.change_persisted(env, out);
     }
-
-    pub(crate) fn fail_flushes(&mut self, why: FlushError, out: &mut Vec<Output>) {
-        for f in self.flushes.drain(..) {
-            out.push(Output::FlushDone { token: f.token, result: Err(why) });
-        }
-    }
-
-    /// Answers every operation that is under way with `why`.
-    pub(crate) fn fail_ops(&mut self, why: &OpError, out: &mut Vec<Output>) {
-        let tokens: Vec<Token> = match &mut self.role {
-            RoleState::Candidate(c) => c.token.take().into_iter().collect(),
-            RoleState::Owner(o) => o.take_tokens(),
-            RoleState::Follower | RoleState::Failed => Vec::new(),
-        };
-        for token in tokens {
-            op_done(out, token, Err(why.clone()));
-        }
-    }
 }
 
 /// Queues a message.
@@ -594,6 +538,6 @@ pub(crate) fn send(out: &mut Vec<Output>, to: HostId, msg: ImageMsg) {
 }
 
 /// Answers an operation.
-pub(crate) fn op_done(out: &mut Vec<Output>, token: Token, result: Result<crate::api::OpOutcome, OpError>) {
+pub(crate) fn op_done(out: &mut Vec<Output>, token: Token, result: Result<crate::ops::OpOutcome, OpError>) {
     out.push(Output::OpDone { token, result });
 }

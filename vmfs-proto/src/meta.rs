@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn the_meta_record_round_trips_and_damage_is_noticed() {
-        let e = |n| Epoch { number: n, host: HostId::from_bytes([n as u8; 16]) };
+        let e = |n| Epoch { number: n, host: HostId::from_bytes([u8::try_from(n).unwrap(); 16]) };
         let head = Head { epoch: e(2), seq: Seq(9), digest: Digest::from_bytes([3; 32]) };
         let mut m = Meta {
             promised: e(4),
@@ -261,7 +261,7 @@ mod tests {
             ..Meta::default()
         };
         for n in 1..8 {
-            m.keep_share(e(n), vec![n as u8; 33]);
+            m.keep_share(e(n), vec![u8::try_from(n).unwrap(); 33]);
         }
         assert_eq!(m.shares.len(), SHARES_MAX);
         let bytes = m.encode();

@@ -243,7 +243,7 @@ impl Machine {
         out: &mut Vec<Output>,
     ) {
         let Some(forced) = self.meta.forced.take() else {
-            crate::machine::op_done(out, token, Err(crate::api::OpError::NotForced));
+            crate::machine::op_done(out, token, Err(crate::ops::OpError::NotForced));
             return;
         };
         self.persist(out);
@@ -256,7 +256,7 @@ impl Machine {
         for host in &self.connected {
             send(out, *host, ImageMsg::WhoOwns { head: self.state.head() });
         }
-        crate::machine::op_done(out, token, Ok(crate::api::OpOutcome::Done));
+        crate::machine::op_done(out, token, Ok(crate::ops::OpOutcome::Done));
     }
 
     pub(crate) fn note_foreign(&self, theirs: Head, out: &mut Vec<Output>) {

@@ -4,10 +4,11 @@ use vmfs_common::election::Rank;
 use vmfs_common::ids::{Head, HostId, Millis, Seq, StoreId};
 use vmfs_common::policy::{Acks, MemberRole, OnQuorumLoss};
 
-use crate::api::{Env, Event, FlushError, OpOutcome, Output, Token};
+use crate::api::{Env, Event, Output, Token};
 use crate::loss::quorum_of;
 use crate::machine::{Machine, RoleState, Waiting, op_done, send};
 use crate::meta::Rule;
+use crate::ops::{FlushError, OpOutcome};
 use crate::owner::Owner;
 
 /// What the acknowledgements add up to under one rule.

@@ -5,9 +5,10 @@ use vmfs_common::ids::{Epoch, HostId, Millis};
 use vmfs_common::msg::ImageMsg;
 use vmfs_common::policy::MemberRole;
 
-use crate::api::{Env, OpError, OpOutcome, Output, Token};
+use crate::api::{Env, Output, Token};
 use crate::candidate::Stage;
 use crate::machine::{Machine, RoleState, op_done, send};
+use crate::ops::{OpError, OpOutcome};
 
 /// The operator's request, until it is answered; survives the loss of the owner role.
 #[derive(Debug)]

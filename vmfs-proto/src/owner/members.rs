@@ -7,8 +7,9 @@ use vmfs_common::msg::ImageMsg;
 use vmfs_common::op::Op;
 use vmfs_common::policy::{ImagePolicy, Member, MemberList};
 
-use crate::api::{Env, OpError, OpOutcome, Output, Token};
+use crate::api::{Env, Output, Token};
 use crate::machine::{Machine, RoleState, op_done, send};
+use crate::ops::{OpError, OpOutcome};
 use crate::owner::stream::Link;
 
 /// What is to change.
