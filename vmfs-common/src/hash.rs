@@ -55,11 +55,12 @@ pub fn block_digest(block: &[u8]) -> Digest {
     if is_zero(block) { Digest::default() } else { Digest::from_bytes(Sha256::digest(block).into()) }
 }
 
-/// True when every byte is zero.
+static ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+
+/// True when every byte is zero. A comparison with zeros, which the C library does faster than any loop.
 #[must_use]
 pub fn is_zero(block: &[u8]) -> bool {
-    let mut chunks = block.chunks_exact(64);
-    chunks.by_ref().all(|c| c.iter().fold(0, |a, b| a | b) == 0) && chunks.remainder().iter().all(|b| *b == 0)
+    block.chunks(BLOCK_BYTES).all(|c| *c == ZEROS[..c.len()])
 }
 
 /// Equality in constant time.
