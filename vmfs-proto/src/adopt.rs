@@ -90,14 +90,15 @@ impl Machine {
             return;
         }
         let data = |h: &HostId| self.state.members.get(*h).is_some_and(|m| m.role == MemberRole::Replica);
-        let source = c.votes.iter().find(|(h, v)| {
-            v.head == adopted && data(h) && self.connected.contains(h) && !c.bad_sources.contains(h)
-        });
-        let Some((source, _)) = source else {
+        let holds = |h: &HostId, v: &Vote| {
+            v.head == adopted && self.connected.contains(h) && !c.bad_sources.contains(h)
+        };
+        let sources = || c.votes.iter().filter(|(h, v)| holds(h, v)).map(|(h, _)| *h);
+        // A witness has all there is of updates without payload; others are refused, and it is no source.
+        let Some(source) = sources().find(data).or_else(|| sources().next()) else {
             c.problem = Some(OpError::DataMissing { have: own.seq, need: adopted.seq });
             return;
         };
-        let source = *source;
         c.problem = None;
         c.stage = Stage::Vouching(Vouching {
             source,

@@ -249,7 +249,7 @@ impl Machine {
         if let Some(mut rule) = before {
             rule.changed_at = h.seq;
             let known = self.meta.previous.replace(rule.clone());
-            if known.is_none_or(|k| k.members != rule.members || k.policy != rule.policy) {
+            if known.is_none_or(|k| k != rule) {
                 self.persist(out);
             }
         }
@@ -298,9 +298,8 @@ impl Machine {
         if self.meta.floor.is_some_and(|f| to.seq <= f.seq) {
             self.meta.floor = None;
         }
-        if self.meta.previous.as_ref().is_some_and(|p| p.changed_at > to.seq) {
-            self.meta.previous = None;
-        }
+        let rule = self.rule();
+        self.meta.previous = self.meta.previous.take().and_then(|p| p.cut_to(to.seq, &rule));
         self.persist(out);
         let lost: Vec<_> = self.flushes.iter().filter(|f| f.target.seq > to.seq).map(|f| f.token).collect();
         self.flushes.retain(|f| f.target.seq <= to.seq);

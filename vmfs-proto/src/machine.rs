@@ -191,6 +191,8 @@ impl Machine {
     ) -> Result<Self, CodecError> {
         let meta = meta.map(Meta::decode).transpose()?.unwrap_or_default();
         let mut m = Self::new(env, identity, timing, kind, state, durable, meta, env.now);
+        let (head, rule) = (m.state.head().seq, m.rule());
+        m.meta.previous = m.meta.previous.take().and_then(|p| p.cut_to(head, &rule));
         let elsewhere = |f: Head| (env.history)(f.seq).is_some_and(|h| h != f);
         if m.meta.floor.is_some_and(|f| f.seq >= m.state.head().seq || elsewhere(f)) {
             // What was not vouched for has not survived.

@@ -38,6 +38,17 @@ impl AckedSeen {
 }
 
 impl Rule {
+    /// What is left of it when the copy ends at `to` with the rule `now` in force there: nothing when
+    /// the change that replaced it is not part of the copy. A change whose number is not known, because
+    /// its maker died before that was durable, counts as the copy's last update.
+    pub(crate) fn cut_to(self, to: Seq, now: &Self) -> Option<Self> {
+        if self.changed_at > Seq::ZERO && self.changed_at <= to {
+            return Some(self);
+        }
+        let undone = self.members == now.members && self.policy == now.policy;
+        (!undone && to > Seq::ZERO).then_some(Self { changed_at: to, ..self })
+    }
+
     /// True when flushes under the new rule could do without somebody that this one asks.
     pub(crate) fn is_weakened_by(&self, members: &MemberList, policy: ImagePolicy) -> bool {
         let acks = |a| match a {
@@ -222,11 +233,6 @@ impl Meta {
 }
 
 #[cfg(test)]
-#[allow(
-    clippy::cast_possible_truncation,
-    clippy::field_reassign_with_default,
-    reason = "small made-up numbers"
-)]
 mod tests {
     use super::*;
     use vmfs_common::identity::Signature;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use vmfs_common::policy::{Acks, OnQuorumLoss};
-use vmfs_common::{BLOCK_BYTES, Digest, Head};
+use vmfs_common::{BLOCK_BYTES, Digest, Epoch, Head};
 
 /// Blocks of the simulated image.
 pub(crate) const BLOCKS: usize = 160;
@@ -197,6 +197,15 @@ impl Model {
         }
         a
     }
+    /// The epoch before that of an update.
+    pub(crate) fn ended(&self, ix: Ix) -> Epoch {
+        let epoch = self.nodes[ix].head.epoch;
+        let mut at = ix;
+        while at != 0 && self.nodes[at].head.epoch == epoch {
+            at = self.nodes[at].parent;
+        }
+        self.nodes[at].head.epoch
+    }
     /// True when an operator's force lies between two chains: neither owes the other anything.
     pub(crate) fn split_by_force(&self, a: Ix, b: Ix) -> bool {
         let at = self.nodes[self.common(a, b)].forced;
@@ -207,7 +216,7 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmfs_common::{Epoch, Seq};
+    use vmfs_common::Seq;
 
     fn head(seq: u64, branch: u8) -> Head {
         let mut d = [branch; 32];

@@ -99,7 +99,11 @@ impl World {
                 Some(f) if f.head != from => {
                     self.fail(format!("host {at} cut {from:?}, and the fork ends at {:?}", f.head));
                 }
-                Some(f) if self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) => {
+                // What was committed in a separate lineage alone may be gone from its log.
+                Some(f)
+                    if !self.model.split_by_force(old, new)
+                        && self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) =>
+                {
                     self.fail(format!("the fork {} of host {at} has a wrong ancestor", f.name));
                 }
                 Some(_) => self.counts.forks += 1,
@@ -250,7 +254,8 @@ impl World {
             ImageMsg::Voted { vote, .. } => {
                 let durable = self.model.node(known.durable).head;
                 let wrong = match known.vote {
-                    _ if vote.head != durable => Some(format!("with {durable:?} durable")),
+                    // Less than there is may be said: blocks may have been copied since the promise.
+                    _ if vote.head.rank() > durable.rank() => Some(format!("with {durable:?} durable")),
                     Some((b, p, h)) if p == vote.proposal && h != vote.head => {
                         Some(format!("and had voted {h:?} for {b}"))
                     }
@@ -371,8 +376,11 @@ impl World {
     fn check_loss(&mut self, at: At, loss: Loss, epoch: Epoch) {
         let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
         let Some(own) = self.head_ix(at, store.head()) else { return };
+        // What an earlier promotion has lost, that one has said.
+        let start = self.model.node(own).head.epoch;
+        let ended = self.model.ended(own);
         let missing = |a: &&Acked| {
-            a.epoch < epoch && !self.model.contains(own, a.target) && !self.forced_away(own, a.target)
+            start == epoch && a.epoch == ended && !self.model.contains(own, a.target) && !self.forced_away(own, a.target)
         };
         let missing = self.oracle.acked.iter().find(missing).map(|a| self.model.node(a.target).head);
         if let Some(head) = missing.filter(|_| loss == Loss::Nothing) {

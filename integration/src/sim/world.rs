@@ -281,7 +281,7 @@ impl World {
         let Some(copy) = self.hosts[at].copy_mut() else { return };
         let Some(machine) = &copy.machine else { return };
         let status = machine.status(now);
-        copy.store.set_commit(status.commit.max(status.flushed_seq));
+        copy.store.set_commit(status.commit);
         if let Some(seq) = status.members.iter().map(|m| m.durable_seq).min() {
             copy.store.retain_from(seq.next());
         }

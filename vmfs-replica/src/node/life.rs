@@ -197,7 +197,8 @@ impl Image {
     fn keep_log_for_members(&self) {
         let now = self.node().now();
         let status = self.core.lock().machine.status(now);
-        self.store.set_commit(status.commit.max(status.flushed_seq));
+        // Not what was flushed: with `acks = "local"` that may yet be rolled back.
+        self.store.set_commit(status.commit);
         let wanted = status.members.iter().map(|m| m.durable_seq).min();
         if let Some(seq) = wanted {
             self.store.retain_from(seq.next());
