@@ -76,6 +76,7 @@ fn fail_over(journal: Journal, name: &str) {
 
         let spec = GuestSpec::new(cluster.file(&successor, IMAGE), journal);
         spec.assert_journal(&scratch, acked);
+        spec.complete_burst();
         assert!(took < PROMOTE_LIMIT, "promotion took {took:?}");
 
         cluster.restart(&owner);

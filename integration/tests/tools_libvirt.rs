@@ -59,7 +59,7 @@ fn libvirt_domain_starts_snapshots_commits_and_stops() {
     let (place, lab) = lab_with_pool("domain");
     let _ = lab.virsh(&["vol-create-as", "pool", "vm.raw", "64M", "--format", "raw", "--allocation", "0"]);
     let (image, overlay) = (place.path("vm.raw"), place.path("vm.snap"));
-    let xml = lab.domain_xml("vm", &image, &["io=native", "cmdline=gj.mode=raw gj.burst=4 gj.sleep=5"]);
+    let xml = lab.domain_xml("vm", &image, &["io=native", "cmdline=gj.mode=raw gj.burst=1 gj.sleep=5"]);
     let _ = lab.virsh(&["define", xml.to_str().unwrap()]);
     let _ = lab.virsh(&["start", "vm"]);
     let acked = || last_acked(&lab.console("vm"));
@@ -94,6 +94,7 @@ fn libvirt_domain_starts_snapshots_commits_and_stops() {
     let console = lab.console("vm");
     assert!(!console.contains("ERROR") && !console.contains("I/O error"), "{console}");
     let mut journal = GuestSpec::new(&image, Journal::Raw);
+    journal.burst = 1;
     journal.assert_journal(lab.work(), acked());
 
     // A second start finds what the first one left.

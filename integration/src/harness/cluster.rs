@@ -390,12 +390,14 @@ fn path_text(path: &Path) -> String {
     path.to_str().expect("paths of these tests are text").to_owned()
 }
 
-/// Whether the process exists and is not a zombie.
+/// Whether the process exists and is not a zombie. While other threads of it are still ending, its first
+/// thread may be a zombie already: then it still holds its files and locks.
 #[must_use]
 pub fn is_alive(pid: u32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    let state = stat.rsplit_once(") ").map(|(_, rest)| rest.as_bytes()[0]);
-    !matches!(state, Some(b'Z' | b'X') | None)
+    let Some((_, rest)) = stat.rsplit_once(") ") else { return false };
+    let threads = rest.split(' ').nth(17).and_then(|n| n.parse::<u32>().ok()).unwrap_or(0);
+    !rest.starts_with(['Z', 'X']) || threads > 1
 }
 
 /// Sends a signal to one process.
