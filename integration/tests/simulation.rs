@@ -47,7 +47,9 @@ fn random_clusters_keep_the_promises_and_converge_when_healed() {
     println!("{count} runs: {all:?}");
     // The runs do test something: on average, several owners and crashes in each.
     assert!(count == 1 || (all.flushes > 10 * count && all.epochs > 2 * count && all.crashes > 2 * count));
-    assert!(count < 100 || (all.forks > count / 20 && all.imports > count / 20 && all.operations > count / 2));
+    assert!(
+        count < 100 || (all.forks > count / 20 && all.imports > count / 20 && all.operations > count / 2)
+    );
 }
 
 #[test]

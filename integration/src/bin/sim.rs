@@ -63,7 +63,12 @@ fn main() -> ExitCode {
         }
     }
     let seconds = began.elapsed().as_secs_f64();
-    println!("{} runs, {failed} failed, {:.1} runs/s, {:.0} s", args.runs, args.runs as f64 / seconds, seconds);
+    println!(
+        "{} runs, {failed} failed, {:.1} runs/s, {:.0} s",
+        args.runs,
+        args.runs as f64 / seconds,
+        seconds
+    );
     println!("{all:?}");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

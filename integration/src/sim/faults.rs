@@ -1,7 +1,7 @@
 //! What fate and operators do to a cluster while it runs.
 
 use vmfs_common::header::Update;
-use vmfs_common::policy::{Acks, ImagePolicy, MemberRole, OnQuorumLoss};
+use vmfs_common::policy::{Acks, ImagePolicy, Member, MemberRole, OnQuorumLoss};
 use vmfs_proto::Input;
 
 use super::At;
@@ -78,6 +78,13 @@ impl World {
         let Some(owner) = self.owner() else { return };
         let state = self.hosts[owner].machine().expect("invariant: it serves").state().clone();
         let host = self.rng.index(self.hosts.len());
+        let store_of = |m: &Member| self.hosts.iter().find(|h| h.id.host == m.host).map(|h| h.id.store);
+        if let Some(gone) = state.members.all().iter().find(|m| store_of(m) != Some(m.store)) {
+            // Whoever removes another one now has no quorum left.
+            let host = gone.host;
+            self.order(owner, |token| Input::RemoveMember { host, token });
+            return;
+        }
         match self.rng.below(5) {
             0 if self.hosts.len() < HOSTS_MAX => {
                 let role = if self.rng.one_in(3) { MemberRole::Witness } else { MemberRole::Replica };
@@ -261,7 +268,9 @@ impl World {
             return;
         }
         let forged = Update::from_header(h);
-        self.note(|| format!("{from} forges update {} of {} to {to}", forged.header.seq, forged.header.epoch));
+        self.note(|| {
+            format!("{from} forges update {} of {} to {to}", forged.header.seq, forged.header.epoch)
+        });
         self.receive(from, to, &Packet::Update((*forged.bytes).into(), payload));
         self.settle(to);
     }

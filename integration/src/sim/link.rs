@@ -69,7 +69,7 @@ impl Direction {
     }
     /// When a packet sent now arrives, after everything sent before.
     pub(crate) fn due(&mut self, now: Us, jitter: Us, bytes: u64) -> Us {
-        let wire = if self.rate == 0 { 0 } else { bytes * 1000 / self.rate };
+        let wire = (bytes * 1000).checked_div(self.rate).unwrap_or(0);
         let due = (now + self.delay + jitter).max(self.last_due + wire + 1).max(self.up_due + 1);
         self.last_due = due;
         due

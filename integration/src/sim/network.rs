@@ -20,7 +20,7 @@ impl World {
         }
         let bytes = packet.len();
         let due = way.due(now, jitter, bytes);
-        let busy = if way.rate == 0 { bytes / 100 } else { bytes * 1000 / way.rate };
+        let busy = (bytes * 1000).checked_div(way.rate).unwrap_or(bytes / 100);
         self.after(due - now, Event::Deliver { from, to, session, packet });
         busy
     }

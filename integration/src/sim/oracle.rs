@@ -104,7 +104,8 @@ impl World {
                     if !self.model.split_by_force(old, new)
                         && self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) =>
                 {
-                    self.fail(format!("the fork {} of host {at} has a wrong ancestor", f.name));
+                    let (f, common) = (f.clone(), self.model.node(self.model.common(old, new)).head.seq);
+                    self.fail(format!("the fork of host {at} does not begin at {common}: {f:?}"));
                 }
                 Some(_) => self.counts.forks += 1,
             }
@@ -224,9 +225,10 @@ impl World {
         let head = copy.head();
         let Some(ix) = self.head_ix(at, head) else { return };
         let cut = self.hosts[at].known.cutting.take().is_some_and(|to| self.model.contains(ix, to));
-        let forked = copy.forks().iter().any(|f| {
-            self.model.find(f.head).is_some_and(|head| self.model.contains(head, durable))
-        });
+        let forked = copy
+            .forks()
+            .iter()
+            .any(|f| self.model.find(f.head).is_some_and(|head| self.model.contains(head, durable)));
         if !self.model.contains(ix, durable) && !(cut && (forked || copy.log_start() > head.seq)) {
             let had = self.model.node(durable).head;
             return self.fail(format!("host {at} had {had:?} durable and restarts with {head:?}"));
@@ -380,7 +382,10 @@ impl World {
         let start = self.model.node(own).head.epoch;
         let ended = self.model.ended(own);
         let missing = |a: &&Acked| {
-            start == epoch && a.epoch == ended && !self.model.contains(own, a.target) && !self.forced_away(own, a.target)
+            start == epoch
+                && a.epoch == ended
+                && !self.model.contains(own, a.target)
+                && !self.forced_away(own, a.target)
         };
         let missing = self.oracle.acked.iter().find(missing).map(|a| self.model.node(a.target).head);
         if let Some(head) = missing.filter(|_| loss == Loss::Nothing) {
