@@ -7,11 +7,24 @@ use std::path::Path;
 /// Panics, naming the first 4 KiB block that differs, unless both files have the same size and bytes.
 #[track_caller]
 pub fn assert_same(a: &Path, b: &Path) {
+    if let Err(difference) = compare(a, b) {
+        panic!("{difference}");
+    }
+}
+
+/// The first difference of two files, in words.
+///
+/// # Errors
+/// When there is one.
+#[track_caller]
+pub fn compare(a: &Path, b: &Path) -> Result<(), String> {
     let open = |p: &Path| File::open(p).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
     let (fa, fb) = (open(a), open(b));
     let size = |f: &File, p: &Path| f.metadata().unwrap_or_else(|e| panic!("{}: {e}", p.display())).len();
     let (sa, sb) = (size(&fa, a), size(&fb, b));
-    assert_eq!(sa, sb, "sizes of {} and {}", a.display(), b.display());
+    if sa != sb {
+        return Err(format!("{} has {sa} bytes, {} has {sb}", a.display(), b.display()));
+    }
     let (mut ba, mut bb) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     let mut at = 0;
     while at < sa {
@@ -20,10 +33,12 @@ pub fn assert_same(a: &Path, b: &Path) {
         fb.read_exact_at(&mut bb[..n], at).unwrap_or_else(|e| panic!("{} at {at}: {e}", b.display()));
         if ba[..n] != bb[..n] {
             let byte = (0..n).find(|&i| ba[i] != bb[i]).expect("invariant: they differ");
-            panic!("{} and {} differ in block {}", a.display(), b.display(), (at + byte as u64) / 4096);
+            let block = (at + byte as u64) / 4096;
+            return Err(format!("{} and {} differ in block {block}", a.display(), b.display()));
         }
         at += n as u64;
     }
+    Ok(())
 }
 
 /// Whether something is mounted at `path` (also when its daemon is dead).
