@@ -225,6 +225,7 @@ impl World {
             Ok(fork) => {
                 self.note(|| format!("{at} has copied the state at {}", vouched.base.header.seq));
                 self.cut(at, from, vouched.base.head(), fork.as_ref(), retained);
+                self.hosts[at].known.copied = self.hosts[at].known.durable;
                 pull.done = Some(vouched.state);
                 Step::Installed
             }

@@ -63,6 +63,8 @@ pub(crate) struct Running {
 pub(crate) struct Known {
     /// The last update known to be durable and not cut since.
     pub(crate) durable: Ix,
+    /// Where the last block-level sync ended.
+    pub(crate) copied: Ix,
     /// A cut down to here was begun: the power may fail before or after it takes effect.
     pub(crate) cutting: Option<Ix>,
     /// The last change of the rule that this host made as the owner.

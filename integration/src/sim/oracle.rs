@@ -93,6 +93,9 @@ impl World {
         let (Some(old), Some(new)) = (self.head_ix(at, from), self.head_ix(at, to)) else { return };
         self.hosts[at].known.durable = new;
         self.hosts[at].known.cutting = None;
+        // What was copied as blocks came without updates: of it, only the part after it can be kept.
+        let copied = self.hosts[at].known.copied;
+        let whole = self.model.contains(new, copied) && !self.model.split_by_force(old, new);
         if !self.model.contains(new, old) && retained {
             match fork {
                 None => self.fail(format!("host {at} cut {from:?} down to {to:?} and kept no fork")),
@@ -101,7 +104,7 @@ impl World {
                 }
                 // What was committed in a separate lineage alone may be gone from its log.
                 Some(f)
-                    if !self.model.split_by_force(old, new)
+                    if whole
                         && self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) =>
                 {
                     let (f, common) = (f.clone(), self.model.node(self.model.common(old, new)).head.seq);
