@@ -23,6 +23,7 @@ mod certify;
 mod copy;
 mod failed;
 mod follower;
+mod import;
 mod lineage;
 pub mod loss;
 pub mod machine;

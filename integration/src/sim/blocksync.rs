@@ -32,27 +32,22 @@ struct Vouched {
 /// A member's side of one sync.
 pub(crate) struct Pull {
     owner: At,
-    token: u64,
     tries: u32,
     vouched: Option<Vouched>,
     import: Option<Import>,
     todo: Vec<(u32, u64)>,
     wanted: Vec<BlockIndex>,
-    /// Installed: the machine has to be told.
-    done: Option<ImageState>,
 }
 
 impl Pull {
-    pub(crate) const fn new(owner: At, token: u64) -> Self {
+    pub(crate) const fn new(owner: At) -> Self {
         Self {
             owner,
-            token,
             tries: 0,
             vouched: None,
             import: None,
             todo: Vec::new(),
             wanted: Vec::new(),
-            done: None,
         }
     }
 }
@@ -73,11 +68,7 @@ impl World {
                 self.after(us, Event::Pull { at, life });
                 self.put_back(at, pull);
             }
-            Step::Installed => {
-                let pause = self.rng.below(3_000);
-                self.after(pause, Event::Imported { at, life });
-                self.put_back(at, pull);
-            }
+            Step::Installed => {}
             Step::Failed(why) => {
                 self.note(|| format!("{at} gives the copying of blocks up: {why}"));
                 drop(pull);
@@ -92,14 +83,6 @@ impl World {
         }
     }
 
-    /// The machine learns that the content was replaced.
-    pub(crate) fn pull_imported(&mut self, at: At) {
-        let Some(pull) = self.hosts[at].copy_mut().and_then(|c| c.pull.take()) else { return };
-        let Some(state) = pull.done else { return };
-        self.counts.imports += 1;
-        self.input(at, Input::Imported { state: Box::new(state) });
-    }
-
     fn step(&mut self, at: At, pull: &mut Pull) -> Step {
         let owner = pull.owner;
         let connected = self.net.session(at, owner).is_some()
@@ -109,7 +92,7 @@ impl World {
             return self.once_more(pull, "not connected");
         }
         let Some(vouched) = &pull.vouched else {
-            return match self.freeze(owner, at, pull.token) {
+            return match self.freeze(owner) {
                 Ok(vouched) => {
                     self.note(|| format!("{owner} lets {at} copy the state at {}", vouched.base.header.seq));
                     pull.vouched = Some(vouched);
@@ -157,7 +140,7 @@ impl World {
     }
 
     /// The owner's side: freezes a view, and appends the `Root` and the `Seal` that vouch for it.
-    fn freeze(&mut self, owner: At, _for: At, _token: u64) -> Result<Vouched, String> {
+    fn freeze(&mut self, owner: At) -> Result<Vouched, String> {
         let store = self.hosts[owner].copy().ok_or("gone")?.store.clone();
         if !self.hosts[owner].machine().is_some_and(Machine::may_vouch) {
             return Err("not now".into());
@@ -217,20 +200,31 @@ impl World {
             }
             Err(e) => return self.import_error(at, &e),
         }
+        let owner = self.host_id(pull.owner);
+        let Some(mut machine) = self.lock(at) else { return Step::Failed("gone".into()) };
+        if !machine.may_import(owner, &vouched.state) {
+            self.unlock(at, machine, Vec::new());
+            return Step::Failed("overtaken".into());
+        }
         let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
         let from = store.head();
         let retained = store.log_start() <= from.seq;
         self.cutting(at, vouched.base.head());
-        match import.finish(&vouched.base, vouched.state.clone(), true) {
+        let mut out = Vec::new();
+        let step = match import.finish(&vouched.base, vouched.state.clone(), true) {
             Ok(fork) => {
                 self.note(|| format!("{at} has copied the state at {}", vouched.base.header.seq));
                 self.cut(at, from, vouched.base.head(), fork.as_ref(), retained);
                 self.hosts[at].known.copied = self.hosts[at].known.durable;
-                pull.done = Some(vouched.state);
+                self.counts.imports += 1;
+                let state = Box::new(vouched.state);
+                self.env(at, |env| machine.handle(env, Input::Imported { state }, &mut out));
                 Step::Installed
             }
             Err(e) => self.import_error(at, &e),
-        }
+        };
+        self.unlock(at, machine, out);
+        step
     }
 }
 

@@ -458,12 +458,11 @@ impl World {
     fn start_block_sync(&mut self, at: At, from: HostId) {
         let Some(owner) = self.at(from) else { return };
         let life = self.life(at);
-        let token = self.token();
         let copy = self.hosts[at].copy_mut().expect("invariant: it is running");
         if copy.pull.is_some() {
             return;
         }
-        copy.pull = Some(Pull::new(owner, token));
+        copy.pull = Some(Pull::new(owner));
         self.note(|| format!("{at} copies blocks from {owner}"));
         self.after(1000, Event::Pull { at, life });
     }

@@ -408,7 +408,7 @@ impl World {
         let Some(machine) = &copy.machine else { return };
         let (head, stored) = (machine.state().head(), copy.store.head());
         let failed = copy.store.latched().is_some();
-        if head != stored && !failed && copy.pull.is_none() && !machine.describe_role().starts_with("failed")
+        if head != stored && !failed && !machine.describe_role().starts_with("failed")
         {
             return self.fail(format!("host {at}: the machine is at {head:?}, the store at {stored:?}"));
         }

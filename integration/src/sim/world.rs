@@ -35,7 +35,6 @@ pub(crate) enum Event {
     ReadHeaders { at: At, life: u64, to: HostId, after: Head, upto: Head },
     Serve { at: At, life: u64, to: HostId, after: Seq, upto: Head, headers_only: bool },
     Pull { at: At, life: u64 },
-    Imported { at: At, life: u64 },
     Boot { at: At, life: u64 },
     Network,
 }
@@ -202,7 +201,6 @@ impl World {
             | Event::ReadHeaders { at, life, .. }
             | Event::Serve { at, life, .. }
             | Event::Pull { at, life }
-            | Event::Imported { at, life }
             | Event::Boot { at, life } => {
                 if self.hosts[*at].life != *life {
                     return;
@@ -229,7 +227,6 @@ impl World {
                 self.serve(at, to, after, upto, headers_only);
             }
             Event::Pull { at, .. } => self.pull_step(at),
-            Event::Imported { at, .. } => self.pull_imported(at),
             Event::Boot { at, .. } => self.boot(at),
             Event::Network => self.network(),
         }

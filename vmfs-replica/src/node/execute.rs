@@ -221,9 +221,8 @@ impl Image {
             let result = puller.run().await;
             image.pulling.store(false, Ordering::Release);
             match result {
-                Ok(state) => {
-                    tracing::info!(image = %image.id, seq = state.head().seq.0, "content copied and verified");
-                    image.input(Input::Imported { state: Box::new(state) });
+                Ok(head) => {
+                    tracing::info!(image = %image.id, seq = head.seq.0, "content copied and verified");
                 }
                 Err(e) => {
                     tracing::warn!(image = %image.id, "block-level sync given up: {e}");

@@ -467,14 +467,26 @@ impl Image {
         }
     }
 
-    /// Installs a block-level sync's result.
-    pub(super) fn install(&self, import: Import, base: &Update, state: ImageState) -> Result<(), StoreError> {
-        let _core = self.core.lock();
-        if let Some(fork) = import.finish(base, state, true)? {
-            tracing::info!(image = %self.id, fork = fork.name, "the replaced log is kept as a fork");
-        }
-        self.head_moved_back();
-        Ok(())
+    /// Installs a block-level sync's result and tells the machine, under one lock. False, and nothing is
+    /// changed, when the copy has promised or followed something else meanwhile.
+    pub(super) fn install(
+        self: &Arc<Self>,
+        from: HostId,
+        import: Import,
+        base: &Update,
+        state: ImageState,
+    ) -> Result<bool, StoreError> {
+        self.locked(|core, env, out| {
+            if !core.machine.may_import(from, &state) {
+                return Ok(false);
+            }
+            if let Some(fork) = import.finish(base, state.clone(), true)? {
+                tracing::info!(image = %self.id, fork = fork.name, "the replaced log is kept as a fork");
+            }
+            self.head_moved_back();
+            core.machine.handle(env, Input::Imported { state: Box::new(state) }, out);
+            Ok(true)
+        })
     }
 
     pub(super) fn sync_progress(&self, blocks: u64) {

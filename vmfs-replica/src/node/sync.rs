@@ -17,7 +17,7 @@ use vmfs_common::header::Update;
 use vmfs_common::op::Op;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
-use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, HostId, ImageId};
+use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head, HostId, ImageId};
 use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_ROOT_LEVEL, View};
 
 use super::NodeInner;
@@ -43,6 +43,8 @@ pub(crate) enum SyncError {
     Peer(String),
     #[error("the owner's answer does not verify: {0}")]
     Lie(&'static str),
+    #[error("the copy follows another owner, or has gone on without it")]
+    Overtaken,
 }
 
 enum Served {
@@ -237,8 +239,8 @@ impl Puller {
         Err(SyncError::Peer(last))
     }
 
-    /// Copies, verifies and installs. Returns the new state; on an error the old content stays.
-    pub(crate) async fn run(self) -> Result<ImageState, SyncError> {
+    /// Copies, verifies and installs. Returns the new head; on an error the old content stays.
+    pub(crate) async fn run(self) -> Result<Head, SyncError> {
         let this = Arc::new(self);
         let (told, raw) = this.ask(Ask::SyncOpen { image: this.image.id, token: this.token }).await?;
         let vouched = check_opened(this.image.id, this.owner, &told, &raw)?;
@@ -253,12 +255,13 @@ impl Puller {
         let _ = this.node.ask(this.owner, &Ask::SyncClose { token: this.token }).await;
         result?;
         let import = Arc::into_inner(import).ok_or(SyncError::Lie("a fetch outlived the copy"))?;
-        let state = vouched.state.clone();
-        let image = this.image.clone();
-        tokio::task::spawn_blocking(move || image.install(import, &vouched.base, vouched.state))
-            .await
-            .map_err(|e| SyncError::Peer(e.to_string()))??;
-        Ok(state)
+        let (image, from) = (this.image.clone(), this.owner);
+        let head = vouched.base.head();
+        let installed =
+            tokio::task::spawn_blocking(move || image.install(from, import, &vouched.base, vouched.state))
+                .await
+                .map_err(|e| SyncError::Peer(e.to_string()))??;
+        if installed { Ok(head) } else { Err(SyncError::Overtaken) }
     }
 
     async fn copy(self: &Arc<Self>, import: &Arc<Import>, merkle: Digest) -> Result<(), SyncError> {

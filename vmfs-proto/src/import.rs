@@ -1,0 +1,21 @@
+//! When a block-level sync may take effect: between its start and its end the copy may have promised a
+//! later epoch, or followed another owner past the state that was copied.
+
+use vmfs_common::ids::HostId;
+use vmfs_common::state::ImageState;
+
+use crate::machine::{Machine, RoleState};
+
+impl Machine {
+    /// True when the content copied from `from`, with the state after it, may replace this copy's. To be
+    /// asked under the lock under which the content is then replaced and
+    /// [`crate::Input::Imported`] is given.
+    #[must_use]
+    pub fn may_import(&self, from: HostId, state: &ImageState) -> bool {
+        let epoch = state.epoch_start().map(|e| e.epoch).unwrap_or_default();
+        matches!(self.role, RoleState::Follower)
+            && self.following.as_ref().is_some_and(|f| f.host == from && f.start.epoch == epoch)
+            && self.promised() <= epoch
+            && state.head().rank() > self.state.head().rank()
+    }
+}
