@@ -22,7 +22,6 @@ use std::time::{Duration, Instant};
 use backend::MemBackend;
 use disk::MemDisk;
 use rig::{Rig, errno, pattern, until};
-use vmfs_common::op::Attrs;
 use vmfs_fuse::catalog::{Catalog, Meta};
 use vmfs_fuse::fs::{Fs, Options};
 use vmfs_fuse::mount::{Detached, MountOptions, mount};
