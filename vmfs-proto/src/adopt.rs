@@ -47,15 +47,12 @@ impl Machine {
     /// With a quorum of votes: adopt the highest head, or say what is in the way.
     pub(crate) fn try_adopt(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let everybody = self.all_answered();
-        let previous = self.previous_rule().map(|r| r.members.clone());
+        let quorum = self.has_quorum();
         let RoleState::Candidate(c) = &mut self.role else { return };
         if !matches!(c.stage, Stage::Collecting) || c.forcing {
             return;
         }
-        let voted = |list: &vmfs_common::policy::MemberList| {
-            list.all().iter().filter(|m| c.votes.contains_key(&m.host)).count() >= list.quorum()
-        };
-        if !voted(&self.state.members) || !previous.as_ref().is_none_or(voted) {
+        if !quorum {
             if c.force && everybody {
                 self.give_up(env, out);
             }
@@ -305,6 +302,12 @@ impl Machine {
         if let Mandate::Votes(votes) = &mandate
             && let Err(why) = verify_votes(&proposal, votes, &head, &members)
         {
+            if c.votes.get(&self.id.host).is_some_and(|own| own.head != head) {
+                // The head came from a member that a change not yet committed leaves out: its vote is
+                // no part of the certificate. Ours will name that head the next time.
+                self.bid(env, out);
+                return;
+            }
             c.problem.get_or_insert(OpError::Certificate(why));
             return;
         }

@@ -310,7 +310,7 @@ impl Machine {
         why: VoteRefusal,
         out: &mut Vec<Output>,
     ) {
-        let jitter = self.jitter(env);
+        let (jitter, quorum) = (self.jitter(env), self.has_quorum());
         if self.elector(from).is_none() {
             return;
         }
@@ -325,7 +325,7 @@ impl Machine {
         }
         if let VoteRefusal::Promised(higher) = why {
             c.outbid_by = c.outbid_by.max(higher);
-            if matches!(c.stage, Stage::Collecting) && c.votes.len() < self.state.members.quorum() {
+            if matches!(c.stage, Stage::Collecting) && (!quorum || c.problem.is_some()) {
                 c.stage = Stage::Backoff { until: env.now.plus(jitter) };
             }
         }
@@ -448,6 +448,15 @@ impl Machine {
             None => Answer::Unreachable,
         };
         self.state.members.all().iter().map(|m| (m.host, of(m.host))).collect()
+    }
+
+    /// Enough votes, by the list at the head and by the one before a weakening that may not be committed.
+    pub(crate) fn has_quorum(&self) -> bool {
+        let RoleState::Candidate(c) = &self.role else { return false };
+        let voted = |list: &MemberList| {
+            list.all().iter().filter(|m| c.votes.contains_key(&m.host)).count() >= list.quorum()
+        };
+        voted(&self.state.members) && self.previous_rule().is_none_or(|r| voted(&r.members))
     }
 
     /// A quorum of the members known here, the offering host among them, follow a later owner.

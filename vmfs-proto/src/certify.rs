@@ -27,8 +27,8 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
-    pub(crate) const fn host(&self) -> HostId {
-        self.offered.host
+    pub(crate) const fn offered(&self) -> &Following {
+        &self.offered
     }
 }
 

@@ -73,7 +73,7 @@ impl Machine {
         send(
             out,
             to,
-            ImageMsg::Refused { why, seq, promised: self.promised().max(self.epoch()), join: self.join() },
+            ImageMsg::Refused { why, seq, promised: self.bound().max(self.epoch()), join: self.join() },
         );
     }
 

@@ -73,15 +73,23 @@ impl Machine {
             return;
         }
         let current = self.epoch();
-        let bound = current.max(self.promised());
-        if start.epoch < bound {
-            self.refuse(env, from, None, Refusal::Promised, out);
+        // A later epoch that is only claimed so far is looked into first: whoever loses offers again.
+        let claimed = |f: &Following| f.start.epoch > start.epoch && f.host != from && !f.certified;
+        if self.following.as_ref().is_some_and(claimed)
+            || self.walk.as_ref().is_some_and(|w| claimed(w.offered()))
+        {
+            self.send_refused(from, Refusal::WrongEpoch, Seq::ZERO, out);
             return;
         }
+        let bound = current.max(self.bound());
         if self.meta.forced.is_some() && start.epoch != current {
             // A lineage that an operator has split off meets the other one: both are kept.
             self.note_foreign(start, out);
             self.refuse(env, from, None, Refusal::Fork, out);
+            return;
+        }
+        if start.epoch < bound {
+            self.refuse(env, from, None, Refusal::Promised, out);
             return;
         }
         let (parent, certified) = if start.epoch == current {

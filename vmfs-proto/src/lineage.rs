@@ -47,11 +47,6 @@ pub(crate) fn is_prefix_of(head: &Head, parent: &Head) -> bool {
 }
 
 #[cfg(test)]
-#[allow(
-    clippy::cast_possible_truncation,
-    clippy::field_reassign_with_default,
-    reason = "small made-up numbers"
-)]
 mod tests {
     use super::*;
     use vmfs_common::state::EpochEntry;

@@ -376,7 +376,7 @@ impl Machine {
             self.following = None;
             self.ack_due = None;
         }
-        self.walk.take_if(|w| w.host() == host);
+        self.walk.take_if(|w| w.offered().host == host);
         self.owner_peer_down(env, host);
         self.candidate_peer_down(env, host, out);
     }
@@ -478,6 +478,12 @@ impl Machine {
     /// The highest ballot promised, durably or about to be.
     pub(crate) fn promised(&self) -> Epoch {
         self.promise.as_ref().map_or(self.meta.promised, |p| p.proposal.ballot.max(self.meta.promised))
+    }
+
+    /// Nobody below this is taken up: the highest ballot promised, or the certified epoch followed.
+    pub(crate) fn bound(&self) -> Epoch {
+        let followed = self.following.as_ref().filter(|f| f.certified).map(|f| f.start.epoch);
+        self.promised().max(followed.unwrap_or_default())
     }
 
     /// True when this host with this store is in the member list of its own copy.

@@ -15,6 +15,8 @@ use crate::owner::Owner;
 struct Points {
     /// Durable on a quorum, with the full number of data copies.
     full: Seq,
+    /// Headers durable on a majority, data at least here: what opens an epoch.
+    headers: Seq,
     /// As far as the rule lets commits go now: `full`, or more while degraded.
     commit: Seq,
     /// Flushes are answered up to here.
@@ -40,6 +42,7 @@ impl Points {
         };
         Self {
             full: both(self.full, old.full),
+            headers: both(self.headers, old.headers),
             commit: both(self.commit, old.commit),
             flush: both(self.flush, old.flush),
             wants_degrade: self.wants_degrade || (weakened && old.wants_degrade),
@@ -73,13 +76,14 @@ impl Owner {
         let relaxed = if wants_degrade { at(least.0, need.1.min(with_data).max(least.1)) } else { Seq::ZERO };
         let marked = self.mark.is_some_and(|mark| relaxed >= mark);
         let commit = if marked { relaxed.max(full) } else { full };
+        let headers_here = headers[need.0 - 1].min(durable).max(commit);
         let reduced = rule.policy.acks == Acks::All && may_degrade && everybody < list.len();
         let flush = match rule.policy.acks {
             Acks::Local => durable,
             Acks::All if !reduced => headers.last().copied().unwrap_or_default().min(commit),
             Acks::Majority | Acks::All => commit,
         };
-        Points { full, commit, flush, wants_degrade, reduced }
+        Points { full, headers: headers_here, commit, flush, wants_degrade, reduced }
     }
 }
 
@@ -171,8 +175,8 @@ impl Machine {
         if advanced {
             o.commit = points.commit;
         }
-        let opened = advanced && !o.open;
-        o.open |= advanced;
+        let opened = !o.open && points.headers >= o.start.seq;
+        o.open |= opened;
         if o.open {
             o.flushed = o.flushed.max(points.flush);
         }

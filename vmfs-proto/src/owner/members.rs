@@ -44,11 +44,8 @@ impl Machine {
     fn may_change(&self) -> Result<(), OpError> {
         match &self.role {
             RoleState::Owner(o) if o.change.is_some() || o.draining.is_some() => Err(OpError::Busy),
-            RoleState::Owner(o)
-                if !o.open || o.commit < self.state.config_seq || self.previous_rule().is_some() =>
-            {
-                Err(OpError::NotCommitted)
-            }
+            // The `EpochStart` on a quorum, and the change before this one committed.
+            RoleState::Owner(o) if !o.open || self.meta.previous.is_some() => Err(OpError::NotCommitted),
             RoleState::Owner(_) => Ok(()),
             _ => Err(OpError::NotOwner),
         }

@@ -19,7 +19,7 @@ use vmfs_common::identity::HostKey;
 use vmfs_common::msg::ImageMsg;
 use vmfs_common::op::{Attrs, Op};
 use vmfs_common::policy::{ImagePolicy, Member, MemberList, MemberRole};
-use vmfs_common::{DatastoreId, HostId, ImageId, Millis, Seq, StoreId};
+use vmfs_common::{BlockCount, BlockIndex, DatastoreId, Digest, Head, HostId, ImageId, Millis, Seq, StoreId};
 
 use crate::api::{Event, Gate, Identity, Input, Timing, Token};
 use crate::machine::Machine;
@@ -272,6 +272,25 @@ impl Cluster {
         }
     }
 
+    /// The daemon is killed: what it has written is in the page cache, and survives.
+    pub fn kill(&mut self, at: At) {
+        self.nodes[at].synced = self.nodes[at].log.len();
+        self.crash(at);
+    }
+
+    /// A host that is down loses everything after its first `keep` updates, synced or not.
+    pub fn lose_log(&mut self, at: At, keep: usize) {
+        assert!(!self.nodes[at].up, "only a host that is down");
+        self.nodes[at].log.truncate(keep);
+        self.nodes[at].synced = self.nodes[at].log.len();
+    }
+
+    /// A host that is down comes back with an empty store directory.
+    pub fn wipe(&mut self, at: At) {
+        self.lose_log(at, 0);
+        self.nodes[at].wipe();
+    }
+
     /// The host starts again from what its disk holds.
     pub fn restart(&mut self, at: At) {
         if self.nodes[at].up {
@@ -305,14 +324,49 @@ impl Cluster {
         if self.nodes[at].machine.as_ref().is_none_or(|m| m.may_write(now) != Gate::Open) {
             return false;
         }
-        let size_bytes = self.rng.below(1 << 30);
-        let draft = Draft::op(Op::Resize { size_bytes });
+        let mut block = [1; 32];
+        self.rng.fill(&mut block[1..]);
+        let draft = Draft {
+            op: Op::Write { size_after_bytes: None },
+            start: BlockIndex(self.rng.below(1 << 20)),
+            count: BlockCount(1),
+            digests: vec![Digest::from_bytes(block)],
+            flags: 0,
+        };
         let update = self.with(at, |m, env, out| m.append(env, draft, out)).expect("the machine runs");
         let node = &mut self.nodes[at];
         // `with` has executed the outputs; the guest's own update comes before anything they appended.
         node.store(&update);
         self.pump(at);
         true
+    }
+
+    /// Writes `n` times; panics when the gate is shut.
+    ///
+    /// # Panics
+    /// See above.
+    pub fn writes(&mut self, at: At, n: usize) {
+        for _ in 0..n {
+            assert!(self.write(at), "host {at} takes writes\n{}", self.describe());
+        }
+    }
+
+    /// Writes, flushes, and expects the answer within 5 s.
+    ///
+    /// # Panics
+    /// When it does not come, or is an error.
+    pub fn write_and_flush(&mut self, at: At) -> Head {
+        self.writes(at, 3);
+        let head = self.nodes[at].head();
+        let token = self.flush(at);
+        assert_eq!(self.flush_answer(token), Ok(()), "{}", self.describe());
+        head
+    }
+
+    /// True when the copy at a host holds this update.
+    #[must_use]
+    pub fn holds(&self, at: At, head: Head) -> bool {
+        node::head_at(&self.nodes[at].log, head.seq) == Some(head)
     }
 
     /// A guest flushes at a host. The answer will be in `flushed`.
@@ -443,7 +497,16 @@ impl Cluster {
                 }
                 self.input(to, Input::Msg { from: host, msg });
             }
-            Packet::Update(update) => self.take(host, to, &update),
+            Packet::Update(update) => {
+                // A witness has no payload to send.
+                let bare = self.nodes[from].kind == MemberRole::Witness && update.header.payload_blocks() > 0;
+                if bare && self.nodes[to].kind == MemberRole::Replica {
+                    let why = vmfs_common::chain::Refusal::AlteredPayload;
+                    self.with(to, |m, env, out| m.refuse(env, host, Some(&update), why, out));
+                    return;
+                }
+                self.take(host, to, &update);
+            }
         }
     }
 

@@ -173,6 +173,15 @@ impl Node {
         self.early.clear();
     }
 
+    pub(super) fn wipe(&mut self) {
+        let mut id = (*self.id).clone();
+        let mut store = *id.store.as_bytes();
+        store[15] ^= 0xff;
+        id.store = vmfs_common::StoreId::from_bytes(store);
+        self.id = Arc::new(id);
+        self.meta = None;
+    }
+
     pub(super) fn recover(&mut self, image: ImageId) -> Option<(ImageState, Option<Vec<u8>>)> {
         // Recovery syncs before it reports a head.
         self.synced = self.log.len();
