@@ -19,7 +19,7 @@ pub const READY_LIMIT: Duration = Duration::from_secs(5);
 /// How long any copy may take to be in sync again in these tests (small images).
 pub const SYNC_LIMIT: Duration = Duration::from_secs(60);
 /// How long a mount may show an old name of another host's image.
-const NAME_LIMIT: Duration = Duration::from_secs(2);
+const NAME_LIMIT: Duration = Duration::from_secs(5);
 
 /// The repository's root.
 #[must_use]
