@@ -14,9 +14,7 @@ fn a_block_level_sync_of_an_earlier_owner_does_not_take_a_copy_back() {
     let token = c.flush(0);
     c.flush_answer(token).expect("flushed");
     let (first, old) = (c.nodes[0].id.host, c.nodes[0].machine.as_ref().expect("runs").state().clone());
-    let may = |c: &Cluster, from, state| {
-        c.nodes[2].machine.as_ref().expect("runs").may_import(from, state)
-    };
+    let may = |c: &Cluster, from, state| c.nodes[2].machine.as_ref().expect("runs").may_import(from, state);
     assert!(!may(&c, first, &old), "nothing new");
     c.isolate(2);
     c.run(1_000);

@@ -41,14 +41,7 @@ pub(crate) struct Pull {
 
 impl Pull {
     pub(crate) const fn new(owner: At) -> Self {
-        Self {
-            owner,
-            tries: 0,
-            vouched: None,
-            import: None,
-            todo: Vec::new(),
-            wanted: Vec::new(),
-        }
+        Self { owner, tries: 0, vouched: None, import: None, todo: Vec::new(), wanted: Vec::new() }
     }
 }
 

@@ -24,6 +24,8 @@ mod model;
 mod network;
 mod oracle;
 mod rng;
+#[cfg(test)]
+mod scenarios;
 mod schedule;
 mod world;
 

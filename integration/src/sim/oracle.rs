@@ -104,8 +104,7 @@ impl World {
                 }
                 // What was committed in a separate lineage alone may be gone from its log.
                 Some(f)
-                    if whole
-                        && self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) =>
+                    if whole && self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) =>
                 {
                     let (f, common) = (f.clone(), self.model.node(self.model.common(old, new)).head.seq);
                     self.fail(format!("the fork of host {at} does not begin at {common}: {f:?}"));
@@ -408,8 +407,7 @@ impl World {
         let Some(machine) = &copy.machine else { return };
         let (head, stored) = (machine.state().head(), copy.store.head());
         let failed = copy.store.latched().is_some();
-        if head != stored && !failed && !machine.describe_role().starts_with("failed")
-        {
+        if head != stored && !failed && !machine.describe_role().starts_with("failed") {
             return self.fail(format!("host {at}: the machine is at {head:?}, the store at {stored:?}"));
         }
         if !machine.is_open_owner() || self.oracle.served.contains_key(&head.epoch) {

@@ -53,21 +53,26 @@ fn start(w: &mut World) -> Plan {
         },
         on_quorum_loss: if w.rng.one_in(3) { OnQuorumLoss::Degrade } else { OnQuorumLoss::Stall },
     };
+    let plan = Plan::new(w);
+    create(w, roles, policy);
+    plan
+}
+
+/// Hosts with these roles, connected, and an image that the first one owns.
+pub(crate) fn create(w: &mut World, roles: &[MemberRole], policy: ImagePolicy) {
     w.note(|| format!("members {roles:?}, {policy:?}"));
     for role in roles {
         w.add_host(*role);
     }
-    let plan = Plan::new(w);
     w.run(300_000);
     let members = w.hosts.iter().map(super::host::Host::member).collect();
     let members = MemberList::new(members).expect("invariant: distinct hosts, one with data");
     let genesis = Genesis { members, policy, attrs: Attrs::default(), level: FORMAT_LEVEL };
     let (id, timing) = (w.hosts[0].id.clone(), w.timing.clone());
     let store = w.hosts[0].running.as_ref().expect("invariant: no fault so far").store.clone();
-    let copy = store.create_image(IMAGE, Replica).expect("a healthy disk");
+    let copy = store.create_image(IMAGE, MemberRole::Replica).expect("invariant: a healthy disk");
     w.admit(0, copy, |env, out| Ok(Machine::genesis(env, id, timing, IMAGE, genesis, out)));
     w.settle(0);
-    plan
 }
 
 fn act(w: &mut World, plan: &Plan) {
