@@ -91,7 +91,9 @@ impl Machine {
         link.streaming = false;
         link.fenced = join.store != link.store || join.witness != headers_only;
         if link.fenced {
-            // A wiped, restored or foreign store: not the member that was admitted.
+            // A wiped, restored or foreign store: not the member that was admitted, and what that had
+            // acknowledged is gone.
+            link.acked = Seq::ZERO;
             send(out, from, ImageMsg::NotMember { head });
             return;
         }

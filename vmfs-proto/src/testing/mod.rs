@@ -139,13 +139,26 @@ impl Cluster {
     /// Hosts with these roles as members, all connected, and the image created at host 0.
     #[must_use]
     pub fn new(seed: u64, roles: &[MemberRole], policy: ImagePolicy) -> Self {
+        Self::with_timing(seed, roles, policy, |_| {})
+    }
+
+    /// The same, with other delays.
+    #[must_use]
+    pub fn with_timing(
+        seed: u64,
+        roles: &[MemberRole],
+        policy: ImagePolicy,
+        set: impl FnOnce(&mut Timing),
+    ) -> Self {
+        let mut timing = Timing::default();
+        set(&mut timing);
         let mut c = Self {
             now: Millis(10_000),
             nodes: roles.iter().enumerate().map(|(at, role)| Node::new(identity(at), *role)).collect(),
             oracle: Oracle::default(),
             rng: Rng(seed),
             image: ImageId::from_bytes([0x11; 16]),
-            timing: Timing::default(),
+            timing,
             ops: BTreeMap::new(),
             flushed: BTreeMap::new(),
             events: Vec::new(),
