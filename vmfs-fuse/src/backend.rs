@@ -280,6 +280,13 @@ pub trait Backend: Send + Sync + 'static {
         let _ = (id, exclusive);
     }
 
+    /// Everything that [`Backend::claims_version`] stood for when it had this value is known to the
+    /// mount, and the kernel keeps nothing older. Whoever moved ownership waits for it before saying
+    /// that it is done, so that no page read under an earlier owner is taken for the present one.
+    fn corrected(&self, version: u64) {
+        let _ = version;
+    }
+
     /// Capacity.
     fn statfs(&self) -> StatFs;
 }

@@ -59,6 +59,7 @@ impl NodeBackend {
     /// Over a running engine.
     #[must_use]
     pub fn new(node: Node) -> Self {
+        node.mount_corrected(0);
         Self { node, pins: RwLock::default(), next_pin: AtomicU64::new(1) }
     }
 
@@ -288,6 +289,10 @@ impl Backend for NodeBackend {
             Ok(image) => image.notify_ready(wake),
             Err(_) => wake(),
         }
+    }
+
+    fn corrected(&self, version: u64) {
+        self.node.mount_corrected(version);
     }
 
     fn statfs(&self) -> StatFs {

@@ -10,9 +10,11 @@ use vmfs_common::ids::ImageId;
 
 use super::Fs;
 use super::tree::{Node, Tree};
-use super::wait::TICK;
 use crate::backend::{Backend, Claim, Errno};
 use crate::catalog::{Change, Kind, Rows};
+
+/// How often the engine is asked whether claims, ownership or contents changed.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(20);
 
 /// How long to leave a chain that could not be told something.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -244,7 +246,7 @@ pub(crate) fn run_chores<B: Backend>(fs: &Weak<Fs<B>>, closed: &(Mutex<bool>, Co
         {
             let mut stop = closed.0.lock();
             if !*stop {
-                closed.1.wait_for(&mut stop, TICK);
+                closed.1.wait_for(&mut stop, LOOK);
             }
             if *stop {
                 return;
@@ -256,6 +258,10 @@ pub(crate) fn run_chores<B: Backend>(fs: &Weak<Fs<B>>, closed: &(Mutex<bool>, Co
         if laid != now {
             laid = now;
             fs.sync_claims();
+            if let Some(kernel) = fs.kernel.get() {
+                kernel.settle();
+            }
+            fs.backend.corrected(version);
         }
         let due = fs.chores.due.swap(false, Ordering::Relaxed);
         if due || last_retry.elapsed() >= RETRY_AFTER {

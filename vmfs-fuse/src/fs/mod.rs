@@ -111,6 +111,8 @@ pub trait KernelCache: Send + Sync {
     fn forget_name(&self, parent: u64, name: &str);
     /// Content, size and attributes changed.
     fn forget_content(&self, ino: u64);
+    /// Returns when the kernel has been told all of the above.
+    fn settle(&self);
 }
 
 /// How the mount behaves.

@@ -154,6 +154,8 @@ struct Corrector(mpsc::SyncSender<Correction>);
 enum Correction {
     Name(u64, String),
     Content(u64),
+    /// Nothing to correct: says that everything before it was told.
+    Barrier(mpsc::SyncSender<()>),
 }
 
 impl Corrector {
@@ -166,6 +168,11 @@ impl Corrector {
                 let told = match correction {
                     Correction::Name(parent, name) => notifier.inval_entry(INodeNo(parent), name.as_ref()),
                     Correction::Content(ino) => notifier.inval_inode(INodeNo(ino), 0, 0),
+                    Correction::Barrier(done) => {
+                        // Whoever waited may have given up.
+                        let _ = done.try_send(());
+                        continue;
+                    }
                 };
                 if let Err(error) = told {
                     tracing::debug!(%error, "the kernel did not take a correction");
@@ -188,5 +195,12 @@ impl KernelCache for Corrector {
     }
     fn forget_content(&self, ino: u64) {
         self.send(Correction::Content(ino));
+    }
+    fn settle(&self) {
+        let (done, told) = mpsc::sync_channel(1);
+        if self.0.send(Correction::Barrier(done)).is_ok() {
+            // An error means that the mount is gone, and its cache with it.
+            let _ = told.recv();
+        }
     }
 }

@@ -19,10 +19,12 @@ use crate::api::{
     ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, StatusReport, Unit, VerifyReport, VerifyRequest,
     WaitReport, WaitRequest,
 };
-use crate::node::{Image, Node, Pending};
+use crate::node::{Ask, Image, Node, Pending, Told};
 
 /// How often a waiting request looks again.
 const POLL: Duration = Duration::from_millis(20);
+/// How long a hand-over waits for the successor's mount.
+const SETTLE_MAX: Duration = Duration::from_secs(2);
 /// An invitation is good for this long unless asked otherwise.
 const INVITE_TTL: Duration = Duration::from_secs(3600);
 
@@ -117,6 +119,7 @@ impl NodeControl {
         let OpOutcome::Promoted { epoch, loss, forced } = outcome else {
             return Err(ApiError::failed("the election ended without an epoch"));
         };
+        self.node.settle_mount().await;
         for entry in others.into_iter().filter(|_| forced) {
             self.add_member(&image, &progress, &entry, MemberRole::Replica).await?;
         }
@@ -144,16 +147,34 @@ impl NodeControl {
         let outcome = self
             .operate(&image, &progress, "handing over", |token| Input::Handover { to: host, token })
             .await?;
+        let pause_ms = ms(begun);
         let OpOutcome::HandedOver { epoch } = outcome else {
             return Err(ApiError::failed("the hand-over ended without an epoch"));
         };
+        self.node.settle_mount().await;
+        self.settle_successor(host).await;
         Ok(HandoverReport {
             image: request.image,
             id: image.id,
             owner: to.name,
             epoch: epoch.number,
-            pause_ms: ms(begun),
+            pause_ms,
         })
+    }
+
+    /// Waits until the new owner's mount shows the image as its own: a page its kernel read before must not
+    /// be read again.
+    async fn settle_successor(&self, host: HostId) {
+        let (begun, mut version) = (Instant::now(), 0);
+        while begun.elapsed() < SETTLE_MAX {
+            match self.node.ask(host, &Ask::Settle { version }).await {
+                Ok((Told::Settling { version: at }, _)) => version = at,
+                // Done, or gone: then there is nothing to wait for.
+                _ => return,
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        tracing::warn!("the mount of {} is slow to show a change of ownership", self.node.host_name(host));
     }
 
     async fn add_member(

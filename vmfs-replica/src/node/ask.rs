@@ -25,6 +25,9 @@ pub(crate) enum Ask {
     SyncClose { token: u64 },
     /// The present content of these blocks, where it has this digest.
     Fetch { image: ImageId, wanted: Vec<(BlockIndex, Digest)> },
+    /// Does your mount show what is true of your images since this was first asked (0), or at this
+    /// version?
+    Settle { version: u64 },
     /// Keep the view after the next Seal you take.
     PinSeal { image: ImageId },
     /// Merkle root of the kept view, if it ends with this head.
@@ -48,6 +51,8 @@ pub(crate) enum Told {
     Fetched { here: Vec<bool> },
     /// Done.
     Done,
+    /// To [`Ask::Settle`]: not yet; ask again with this version.
+    Settling { version: u64 },
     /// To [`Ask::MerkleAt`].
     Merkle { head: Head, root: Digest },
     /// The view asked for is gone, or was never there.

@@ -162,6 +162,11 @@ fn answer(node: &Arc<NodeInner>, from: HostId, ask: Ask) -> (Told, Vec<u8>) {
             node.sync_server.close(from, token);
             (Told::Done, Vec::new())
         }
+        Ask::Settle { version } => {
+            let version = if version == 0 { node.claims_version() } else { version };
+            let told = if node.is_mount_at(version) { Told::Done } else { Told::Settling { version } };
+            (told, Vec::new())
+        }
         Ask::Fetch { image, wanted } => match member(image) {
             Some(image) => image.fetch_for_peer(&wanted),
             None => gone(),

@@ -78,6 +78,8 @@ pub struct NodeInner {
     sync_server: Arc<SyncServer>,
     peer_claims: Mutex<claims::PeerClaims>,
     stopping: tokio::sync::watch::Sender<bool>,
+    /// The claims version up to which the mount's kernel cache is right; `MAX` without a mount.
+    mount_seen: AtomicU64,
     /// Payload appended so far, over all images.
     pub(crate) appended_bytes: AtomicU64,
     /// Refusals before any image was involved, by reason, and the like.
@@ -178,6 +180,25 @@ impl NodeInner {
     /// The mount has changed a name: whoever shows claims looks again.
     pub fn note_claims(&self) {
         self.claims_changed();
+    }
+    /// The mount has laid out the claims of this version and corrected what the kernel remembered.
+    pub fn mount_corrected(&self, version: u64) {
+        self.mount_seen.store(version, Ordering::Release);
+    }
+    /// True when the mount shows, and its kernel remembers, nothing older than `version`.
+    pub(crate) fn is_mount_at(&self, version: u64) -> bool {
+        self.mount_seen.load(Ordering::Acquire) >= version
+    }
+    /// Waits, two seconds at most, until the mount shows what is true now.
+    pub(crate) async fn settle_mount(&self) {
+        let version = self.claims_version();
+        for _ in 0..1000 {
+            if self.is_mount_at(version) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        tracing::warn!("the mount is slow to show a change of ownership");
     }
     /// The store of a host, if it was ever met.
     pub fn met_store(&self, host: HostId) -> Option<StoreId> {

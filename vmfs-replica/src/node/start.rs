@@ -136,6 +136,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
         stopping: watch::Sender::new(false),
         malformed_frames: AtomicU64::new(0),
         appended_bytes: AtomicU64::new(0),
+        mount_seen: AtomicU64::new(u64::MAX),
         config,
     });
     node.load_known_stores();
