@@ -7,10 +7,20 @@ use std::process::Command;
 
 use integration::harness::command::{Ran, bash, run, try_run};
 use integration::harness::guest::{self, GuestSpec, Journal};
-use integration::harness::{Place, bytes};
+use integration::harness::wait::secs;
+use integration::harness::{Place, bytes, until_true};
 
 fn img(args: &[&str]) -> Ran {
     run("qemu-img", args)
+}
+
+/// Waits until no QEMU holds the image any more.
+fn wait_unlocked(format: &str, image: &str) {
+    until_true("the killed QEMU's locks are gone", secs(5), || {
+        let mut info = Command::new("qemu-img");
+        info.args(["info", "-f", format, image]);
+        try_run(info).status.success()
+    });
 }
 
 fn json(ran: &Ran) -> serde_json::Value {
@@ -140,7 +150,8 @@ fn qemu_locks_keep_a_second_writer_out() {
     // Readers that share are let in.
     let _ = img(&["info", "-U", "--output=json", &image]);
     guest.kill9();
-    // The locks went with their holder.
+    // The locks go with their holder.
+    wait_unlocked("raw", &image);
     let _ = run("qemu-io", ["-f", "raw", "-c", "write -q 32M 4k", &image]);
 }
 
@@ -166,6 +177,8 @@ fn qemu_guest_runs_with_every_cache_and_aio_mode() {
         guest.kill9();
         let acked = guest.acked();
         if format == "qcow2" {
+            // The kernel ends an io_uring, and with it the locks of the files in it, after the process.
+            wait_unlocked(format, &image);
             // The check reads raw bytes; QEMU translates them.
             let flat = place.outside("flat.raw");
             let _ = img(&["convert", "-q", "-f", "qcow2", "-O", "raw", &image, &flat]);
