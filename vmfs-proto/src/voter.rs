@@ -80,6 +80,12 @@ impl Machine {
             return Err(VoteRefusal::NotMember);
         }
         let epoch = self.epoch().max(self.following.as_ref().map_or(Epoch::default(), |f| f.start.epoch));
+        // The owner of the last epoch known here, or of a later one that has not reached us. Said before
+        // anything about ballots: a former owner learns from it that it is one.
+        let last_owner = epoch.host == from || (head.epoch.host == from && head.epoch > epoch);
+        if occasion == Occasion::Restart && !last_owner {
+            return Err(VoteRefusal::NotOwner(epoch));
+        }
         let highest = self.promised().max(epoch);
         if proposal.ballot <= highest {
             return Err(VoteRefusal::Promised(highest));
@@ -89,12 +95,7 @@ impl Machine {
             return Err(VoteRefusal::OtherMembers);
         }
         match occasion {
-            Occasion::Operator => Ok(()),
-            // The owner of the last epoch known here, or of a later one that has not reached us.
-            Occasion::Restart if epoch.host == from || (head.epoch.host == from && head.epoch > epoch) => {
-                Ok(())
-            }
-            Occasion::Restart => Err(VoteRefusal::NotOwner(epoch)),
+            Occasion::Operator | Occasion::Restart => Ok(()),
             Occasion::Handover => {
                 let agreed = consent.is_some_and(|v| self.is_consent(v, proposal, epoch.host));
                 if agreed || self.hands_over_to(from) {
