@@ -64,7 +64,13 @@ impl Machine {
             self.muted = true;
         }
         self.send_refused(from, why, seq, out);
-        if why == Refusal::WrongHeadTag {
+        let head = self.state.head();
+        let next =
+            seq == head.seq.next() && head.epoch.host == from && self.authority(from) == Some(head.epoch);
+        // The owner's chain leaves ours at the head. A single frame may be bad; twice, with a new stream
+        // in between, it is the head that is not the owner's.
+        let again = why == Refusal::WrongParent && next && self.suspect.replace(head) == Some(head);
+        if why == Refusal::WrongHeadTag || again {
             self.drop_unconfirmed_head(env, out);
         }
     }
@@ -81,10 +87,13 @@ impl Machine {
     /// again. Never below a commit point.
     fn drop_unconfirmed_head(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let head = self.state.head();
-        if self.meta.commit.1 >= head.seq {
+        // The update that a dropped head had followed was confirmed by it.
+        if self.meta.commit.1 >= head.seq || self.confirmed == Some(head) {
             return;
         }
         if let Some(to) = (env.history)(head.seq.prev()).filter(|_| head.seq > Seq(1)) {
+            self.confirmed = Some(to);
+            self.suspect = None;
             out.push(Output::RollBack { to, keep_fork: true });
         }
     }
@@ -208,6 +217,7 @@ impl Machine {
             self.move_floor(env, update, live, out);
             self.owner_heard_ns = env.time_ns;
         }
+        self.suspect = None;
         self.apply(env, update, out);
         if fetched {
             self.fetch_took(env, out);

@@ -85,6 +85,10 @@ pub struct Machine {
     pub(crate) ack_due: Option<(Seq, Seq)>,
     /// A stream was refused: what is left of it is dropped until the owner offers again.
     pub(crate) muted: bool,
+    /// The head, when the owner's next update did not follow it; if that happens again, it goes.
+    pub(crate) suspect: Option<Head>,
+    /// The head, when the one after it was dropped: it is the owner's.
+    pub(crate) confirmed: Option<Head>,
     pub(crate) flushes: VecDeque<Waiting>,
     pub(crate) handover: Option<HandoverOp>,
     pub(crate) block_sync: BlockSync,
@@ -129,6 +133,8 @@ impl Machine {
             sync: SyncState::default(),
             ack_due: None,
             muted: false,
+            suspect: None,
+            confirmed: None,
             flushes: VecDeque::new(),
             handover: None,
             block_sync: BlockSync::default(),

@@ -206,6 +206,12 @@ impl Node {
         self.meta_due.push((due, version, bytes));
     }
 
+    /// Block-level sync is under way.
+    #[must_use]
+    pub const fn is_importing(&self) -> bool {
+        self.import_due.is_some()
+    }
+
     pub(super) fn start_import(&mut self, due: Millis, from: At) {
         self.import_due = Some((due, from));
     }

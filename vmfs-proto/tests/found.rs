@@ -1,0 +1,248 @@
+//! Sequences that random schedules found, each reduced to its core.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use vmfs_common::chain::Refusal;
+use vmfs_common::header::Update;
+use vmfs_common::msg::ImageMsg;
+use vmfs_common::policy::MemberRole::{self, Replica, Witness};
+use vmfs_common::policy::{Acks, ImagePolicy, OnQuorumLoss};
+use vmfs_common::{Digest, Head, Seq};
+use vmfs_proto::testing::{At, Cluster, Packet, member};
+use vmfs_proto::{Input, OpError, OpOutcome};
+
+const STALL: ImagePolicy = ImagePolicy { acks: Acks::Majority, on_quorum_loss: OnQuorumLoss::Stall };
+
+fn cluster(roles: &[MemberRole]) -> Cluster {
+    let mut c = Cluster::new(23, roles, STALL);
+    c.run(200);
+    c
+}
+
+fn promote(c: &mut Cluster, at: At) -> Result<OpOutcome, OpError> {
+    let token = c.op(at, |token| Input::Promote { force: false, token });
+    c.answer(token)
+}
+
+fn change(c: &mut Cluster, owner: At, at: At, add: bool) {
+    let (id, kind) = (c.nodes[at].id.clone(), c.nodes[at].kind);
+    let token = c.op(owner, |token| match add {
+        true => Input::AddMember { member: member(&id, kind), token },
+        false => Input::RemoveMember { host: id.host, token },
+    });
+    assert_eq!(c.answer(token), Ok(OpOutcome::Done), "{}", c.describe());
+}
+
+#[test]
+fn a_member_whose_admission_has_not_reached_it_votes_by_the_candidates_newer_list() {
+    let mut c = cluster(&[Replica]);
+    c.write_and_flush(0);
+    let new = c.add_host(Witness);
+    let id = c.nodes[new].id.clone();
+    c.op(0, |token| Input::AddMember { member: member(&id, Witness), token });
+    let members = |c: &Cluster, at: At| c.nodes[at].machine.as_ref().map_or(0, |m| m.state().members.len());
+    c.until("the update is made", 2000, |c| members(c, 0) == 2);
+    c.cut(0, new);
+    c.kill(0);
+    assert_eq!(members(&c, new), 1, "it has not reached the witness");
+    c.restart(0);
+    c.until("elected by both", 5000, |c| c.owner() == Some(0));
+    c.write_and_flush(0);
+}
+
+#[test]
+fn data_that_only_an_added_member_holds_is_not_taken_for_lost() {
+    let mut c = cluster(&[Replica, Replica, Witness]);
+    c.write_and_flush(0);
+    c.cut(0, 1);
+    c.writes(0, 5);
+    let flushed = c.nodes[0].head();
+    let token = c.flush(0);
+    let new = c.add_host(Replica);
+    change(&mut c, 0, new, true);
+    assert_eq!(c.flush_answer(token), Ok(()), "two copies of the data again, one of them new");
+    c.crash(0);
+    c.crash(new);
+    c.run(1000);
+    assert!(matches!(promote(&mut c, 1), Err(OpError::DataMissing { .. })), "{}", c.describe());
+    c.restart(new);
+    assert!(promote(&mut c, new).is_ok());
+    assert!(c.holds(new, flushed));
+}
+
+#[test]
+fn a_deposed_owner_follows_although_members_and_log_have_changed_since() {
+    for trimmed in [false, true] {
+        let mut c = cluster(&[Replica; 5]);
+        c.write_and_flush(0);
+        c.isolate(0);
+        c.writes(0, 4);
+        assert!(promote(&mut c, 1).is_ok());
+        change(&mut c, 1, 4, false);
+        let new = c.add_host(Replica);
+        c.cut(0, new);
+        change(&mut c, 1, new, true);
+        assert!(promote(&mut c, 2).is_ok(), "{}", c.describe());
+        c.write_and_flush(2);
+        if trimmed {
+            c.nodes.iter_mut().for_each(|n| n.log_start = n.head().seq.max(Seq(1)));
+        }
+        c.kill(0);
+        c.restart(0);
+        c.until("it follows", 60_000, |c| c.nodes[0].head() == c.nodes[2].head());
+    }
+}
+
+#[test]
+fn a_claim_that_is_being_checked_is_not_dropped_for_an_older_owners_offer() {
+    let mut c = cluster(&[Replica; 4]);
+    c.write_and_flush(0);
+    c.isolate(2);
+    let new = c.add_host(Replica);
+    c.cut(2, new);
+    change(&mut c, 0, new, true);
+    c.isolate(0);
+    assert!(promote(&mut c, 1).is_ok());
+    // Both owners reach host 2 at once; neither's certificate is by the list it knows.
+    c.heal(1, 2);
+    c.heal(0, 2);
+    c.until("it follows the later one", 20_000, |c| c.nodes[2].head() == c.nodes[1].head());
+}
+
+#[test]
+fn an_owner_whose_successor_vanishes_before_its_epoch_arrived_bids_again() {
+    let mut c = cluster(&[Replica; 2]);
+    let kept = c.write_and_flush(0);
+    c.op(1, |token| Input::Promote { force: false, token });
+    c.until("deposed", 2000, |c| {
+        c.events.iter().any(|(at, e)| *at == 0 && matches!(e, vmfs_proto::Event::Deposed { .. }))
+    });
+    // The new owner's EpochStart is not on its disk yet.
+    let before = c.nodes[1].log.len() - 1;
+    c.crash(1);
+    c.lose_log(1, before);
+    c.restart(1);
+    c.until("somebody owns it", 20_000, |c| c.owner().is_some());
+    assert!(c.holds(c.owner().unwrap(), kept));
+}
+
+#[test]
+fn block_level_sync_from_a_deposed_owner_is_not_put_in_place() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.crash(2);
+    for _ in 0..10 {
+        c.write_and_flush(0);
+    }
+    c.nodes[0].log_start = Seq(20);
+    c.cut(1, 2);
+    c.restart(2);
+    c.cut(1, 2);
+    c.until("copying", 2000, |c| c.nodes[2].is_importing());
+    c.isolate(0);
+    c.heal(1, 2);
+    assert!(promote(&mut c, 1).is_ok());
+    c.write_and_flush(1);
+    c.run(2000);
+    assert_eq!(c.nodes[2].head(), c.nodes[1].head());
+}
+
+fn refused(c: &Cluster, at: At, why: Refusal) -> u64 {
+    c.status(at).refusals.get(&why).copied().unwrap_or(0)
+}
+
+/// The owner's next update, altered; the copy must refuse it by its name and stay as it is.
+fn refuses(alter: impl FnOnce(&mut vmfs_common::header::UpdateHeader), from: At, why: Refusal) {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.run(500);
+    c.cut(0, 1);
+    c.writes(0, 1);
+    let mut header = c.nodes[0].log.last().unwrap().0.header.clone();
+    alter(&mut header);
+    let before = c.nodes[1].head();
+    c.receive(from, 1, Packet::Update(Box::new(Update::from_header(header))));
+    assert_eq!((refused(&c, 1, why), c.nodes[1].head()), (1, before), "{:?}", c.status(1).refusals);
+    c.heal(0, 1);
+    c.until("it goes on", 2000, |c| c.nodes[1].head() == c.nodes[0].head());
+}
+
+#[test]
+fn every_bad_update_is_refused_by_its_name_and_changes_nothing() {
+    refuses(|h| h.image = vmfs_common::ImageId::from_bytes([9; 16]), 0, Refusal::WrongImage);
+    refuses(|h| h.epoch.number += 1, 0, Refusal::WrongEpoch);
+    refuses(|h| h.seq = h.seq.next(), 0, Refusal::Gap);
+    refuses(|h| h.seq = h.seq.prev(), 0, Refusal::Replay);
+    refuses(|h| h.parent = Digest::from_bytes([9; 32]), 0, Refusal::WrongParent);
+    refuses(|h| h.reveal[3] ^= 1, 0, Refusal::WrongReveal);
+    refuses(|_| {}, 2, Refusal::NotOwner);
+}
+
+#[test]
+fn a_head_that_fails_its_confirmation_is_replaced_from_the_owner() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.run(500);
+    c.cut(0, 1);
+    c.writes(0, 1);
+    let mut forged = c.nodes[0].log.last().unwrap().0.header.clone();
+    forged.tag[0] ^= 1;
+    forged.digests[0] = Digest::from_bytes([0xee; 32]);
+    let forged = Update::from_header(forged);
+    c.receive(0, 1, Packet::Update(Box::new(forged.clone())));
+    assert_eq!(c.nodes[1].head(), forged.head(), "nothing about it is wrong until the next update comes");
+    c.heal(0, 1);
+    c.writes(0, 1);
+    c.until("the owner's own", 5000, |c| c.nodes[1].head() == c.nodes[0].head());
+    assert!(c.nodes[1].forks.iter().flatten().any(|u| u.head() == forged.head()), "kept as evidence");
+}
+
+#[test]
+fn a_wrong_tag_is_found_by_the_next_update() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.run(500);
+    c.cut(0, 1);
+    c.writes(0, 2);
+    let log = &c.nodes[0].log;
+    let (first, second) = (log[log.len() - 2].0.clone(), log[log.len() - 1].0.clone());
+    let mut bent = first.header.clone();
+    bent.tag[5] ^= 1;
+    let bent = Update::from_header(bent);
+    assert_eq!(bent.digest, first.digest, "the tag is not part of the digest");
+    c.receive(0, 1, Packet::Update(Box::new(bent)));
+    c.receive(0, 1, Packet::Update(Box::new(second)));
+    assert_eq!(refused(&c, 1, Refusal::WrongHeadTag), 1);
+    assert_eq!(c.nodes[1].head().seq, first.header.seq.prev(), "dropped");
+    c.heal(0, 1);
+    c.until("replaced", 2000, |c| c.nodes[1].head() == c.nodes[0].head());
+}
+
+#[test]
+fn a_voters_suffix_that_does_not_reach_its_voted_head_is_refused() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.cut(0, 1);
+    c.writes(0, 5);
+    c.run(20);
+    c.crash(0);
+    c.run(1000);
+    let before = c.nodes[1].head();
+    c.op(1, |token| Input::Promote { force: false, token });
+    c.until("asks for headers", 1000, |c| {
+        c.nodes[1].machine.as_ref().unwrap().describe_role().contains("Vouching")
+    });
+    // Host 2 sends headers that chain, but are not those it voted for.
+    let upto = c.nodes[2].head();
+    let mut forged = c.nodes[2].log[usize::try_from(before.seq.0).unwrap()].0.header.clone();
+    let mut headers = Vec::new();
+    let mut parent = before.digest;
+    for seq in before.seq.0 + 1..=upto.seq.0 {
+        (forged.seq, forged.parent) = (Seq(seq), parent);
+        let update = Update::from_header(forged.clone());
+        parent = update.digest;
+        headers.push(update.bytes.to_vec());
+    }
+    c.receive(2, 1, Packet::Msg(Box::new(ImageMsg::Headers { parent: before, headers, upto })));
+    assert_eq!((refused(&c, 1, Refusal::Unvouched), c.nodes[1].head()), (1, before), "nothing cut or taken");
+    let _: Head = upto;
+}
