@@ -66,7 +66,7 @@ pub struct Vote {
     /// Its head carries [`crate::header::FLAG_DEGRADED`]: flushes below it may have been
     /// acknowledged with a single copy of the data.
     pub degraded: bool,
-    /// Digest of the update that set the member list in force at its head.
+    /// [`crate::state::ImageState::members_since`] at its head.
     pub members_since: Digest,
     /// Over all of it.
     pub signature: Signature,
@@ -414,7 +414,7 @@ pub fn verify_votes(
 /// - fewer data members are missing from the votes than the data copies that a flush needs: f + 1, or
 ///   one once any voter's head is flagged degraded (a degraded acknowledgement needs the flagged
 ///   header on a majority of the members, so every quorum knows of it), and
-/// - the members have not changed between the highest head of a data member and the witness's, so
+/// - the members with data have not changed between the highest head of a data member and the witness's, so
 ///   that no copy can be at a member that is not asked.
 ///
 /// # Errors

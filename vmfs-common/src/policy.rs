@@ -153,6 +153,13 @@ impl MemberList {
     pub fn data_members(&self) -> impl Iterator<Item = &Member> {
         self.0.iter().filter(|m| m.role == MemberRole::Replica)
     }
+    /// True when the same members hold data in both lists, and flushes need as many copies of it: who
+    /// may hold an acknowledged update's data is then the same under both.
+    #[must_use]
+    pub fn has_data_like(&self, other: &Self) -> bool {
+        let copies = |l: &Self| l.data_copies().min(l.data_members().count());
+        self.data_members().eq(other.data_members()) && copies(self) == copies(other)
+    }
     /// The list with `member` added or replaced.
     ///
     /// # Errors

@@ -56,8 +56,8 @@ pub struct ImageState {
     pub policy: ImagePolicy,
     /// Update that last changed the members or began the epoch: must be committed before the next change.
     pub config_seq: Seq,
-    /// Digest of the update that set the member list in force: two copies that agree on it have had
-    /// the same members since it.
+    /// Digest of the update that last changed which members hold data, or how many copies flushes need:
+    /// two copies that agree on it have had the same ones since it.
     pub members_since: Digest,
     /// The latest epochs, oldest first.
     pub epochs: Vec<EpochEntry>,
@@ -151,8 +151,10 @@ impl ImageState {
                 self.xattrs.remove(name);
             }
             Op::Members(m) => {
+                if !m.has_data_like(&self.members) {
+                    self.members_since = update.digest;
+                }
                 self.members = m.clone();
-                self.members_since = update.digest;
                 self.config_seq = h.seq;
                 touched = false;
             }
