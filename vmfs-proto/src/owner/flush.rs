@@ -194,6 +194,7 @@ impl Machine {
             let f = self.flushes.pop_front().expect("invariant: just looked at");
             out.push(Output::FlushDone { token: f.token, result: Ok(()) });
         }
+        self.end_hold(env, out);
         self.advance_degraded(env, points.wants_degrade, points.full, out);
         self.advance_change(env, out);
         self.advance_draining(env, out);

@@ -180,11 +180,14 @@ impl Machine {
             Kind::Policy(p) => Ok(Op::Policy(*p)),
         };
         let op = op.expect("invariant: the list was checked, and there is one change at a time");
+        self.stop_streams(out);
         let seq = self.append_own(env, Some(Draft::op(op)), out);
         if let RoleState::Owner(o) = &mut self.role
             && let Some(change) = &mut o.change
         {
             change.step = Step::Committing(seq);
+            o.hold = Some(seq);
+            o.links.values_mut().for_each(|l| l.streaming = false);
             if let Kind::Add(m) = &change.kind
                 && let Some(link) = o.links.get_mut(&m.host)
             {
@@ -194,6 +197,17 @@ impl Machine {
         }
         self.check_lease(env, out);
         self.sync_round(env, out);
+    }
+
+    /// The change is durable here: everybody may hear of it.
+    pub(crate) fn end_hold(&mut self, env: &Env<'_>, out: &mut Vec<Output>) {
+        let durable = self.durable;
+        let RoleState::Owner(o) = &mut self.role else { return };
+        if o.hold.take_if(|seq| durable.epoch == o.start.epoch && durable.seq >= *seq).is_some() {
+            for host in self.connected.clone() {
+                self.offer(env, host, out);
+            }
+        }
     }
 
     /// After acknowledgements: a new member that has caught up is admitted, a committed change done.

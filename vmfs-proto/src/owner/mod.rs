@@ -93,6 +93,9 @@ pub(crate) struct Owner {
     /// Bytes at the last round of syncs.
     synced_bytes: u64,
     change: Option<Change>,
+    /// A change of members up to here is made durable before anybody else hears of it: a witness that
+    /// knew of one that its maker lost could not be outvoted.
+    hold: Option<Seq>,
     draining: Option<Draining>,
     election: Option<Election>,
 }
@@ -264,6 +267,7 @@ impl Machine {
             unsealed_since: None,
             synced_bytes: 0,
             change: None,
+            hold: None,
             draining: None,
             election: election.map(|(loss, forced)| Election {
                 token,

@@ -67,7 +67,7 @@ impl Machine {
         link.offer_at = None;
         link.streaming = false;
         // An image whose genesis may still vanish with a power cut is nobody else's business yet.
-        if !self.connected.contains(&host) || self.durable.seq == Seq::ZERO {
+        if !self.connected.contains(&host) || self.durable.seq == Seq::ZERO || o.hold.is_some() {
             return;
         }
         let certificate = o.certificate.to_vec();
@@ -87,6 +87,10 @@ impl Machine {
         let RoleState::Owner(o) = &mut self.role else { return };
         let Some(link) = o.links.get_mut(&from) else { return };
         let headers_only = link.role == MemberRole::Witness;
+        if o.hold.is_some() {
+            // It will be offered the chain again in a moment.
+            return;
+        }
         link.offer_at = None;
         link.streaming = false;
         link.fenced = join.store != link.store || join.witness != headers_only;
