@@ -271,7 +271,8 @@ impl World {
                 // Whatever its form, the record that survives a power cut must hold this very vote.
                 let record = known.meta.as_deref().unwrap_or_default();
                 if !record.windows(vote.signature.0.len()).any(|w| w == vote.signature.0) {
-                    return self.fail(format!("host {at} votes {:?} before its promise is durable", vote.head));
+                    return self
+                        .fail(format!("host {at} votes {:?} before its promise is durable", vote.head));
                 }
                 let Some(promised) = self.oracle.proposals.get(&vote.proposal).copied() else {
                     return self.fail(format!("host {at} votes for a proposal that nobody made"));
