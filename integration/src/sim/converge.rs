@@ -7,8 +7,10 @@ use super::At;
 use super::model::BLOCKS;
 use super::world::World;
 
-/// Virtual time within which an owner must serve, and copies must be identical, after the healing.
-const BOUND_MS: u64 = 90_000;
+/// Virtual time within which an owner must serve, and copies must be identical, after the healing. A
+/// member whose own failed bids stand above a serving owner's epoch waits for that owner's next bid,
+/// which it puts off for up to 410 s (`4 * rebid_ms << 8`) while it has a quorum without that member.
+const BOUND_MS: u64 = 600_000;
 
 impl World {
     /// Heals everything and demands an owner, an acknowledged flush, and identical copies.
