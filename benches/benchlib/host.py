@@ -207,10 +207,11 @@ def machine():
 
 # ---- fio -----------------------------------------------------------------------------------------------------
 
-def fio(work, paths, options, timeout_s=1800):
-    """One fio job for each path, all at once, their figures together: {read, write, sync} as fio's JSON has them."""
-    common = ["--ioengine=libaio", "--direct=1", "--randrepeat=0", "--norandommap", "--group_reporting",
-              "--output-format=json", *options]
+def fio(work, paths, options, timeout_s=1800, each_once=False):
+    """One fio job for each path, all at once, their figures together: {read, write, sync} as fio's JSON has them. Random
+    places are independent of each other, or with `each_once` a random order of all."""
+    common = ["--ioengine=libaio", "--direct=1", "--randrepeat=0", *([] if each_once else ["--norandommap"]),
+              "--group_reporting", "--output-format=json", *options]
     jobs = [f for i, path in enumerate(paths) for f in (f"--name=job{i}", f"--filename={path}", *common)]
     done = run(["fio", *jobs], cwd=work, timeout_s=timeout_s, check=False)
     if done.returncode or "{" not in done.stdout:
