@@ -34,7 +34,7 @@ import time
 from benchlib import docs, report
 from benchlib.host import (ROOT, Account, Failure, drop_caches, fio, latency, machine, say, scratch, wait_quiet)
 from benchlib.plot import number
-from benchlib.setups import DEFAULT_TARGETS, PEERS_MORE, TITLES, Cluster, Peers, bring_up, make, vmfs_binary
+from benchlib.setups import (DEFAULT_TARGETS, TITLES, Peers, bring_up, make, vmfs_binary, without_namespace)
 
 # name -> (what is reported, images written at once, fio's options)
 WORKLOADS = {
@@ -132,9 +132,8 @@ def run_all(args, rows, missing):
         rows.append(row)
         save(args, rows, missing)
 
-    with scratch(args.dir) as (work, undo):
+    with scratch(args.dir, last=without_namespace()) as (work, undo):
         peers = Peers(args.peers, args.tools, work, args.size)
-        undo.append(peers.finish)
         names, absent = select(args, peers)
         missing.update(absent)
         need = args.size * (2 * len(names) + 6) << 20

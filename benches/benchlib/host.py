@@ -97,9 +97,9 @@ def stop_on_signals():
 
 
 @contextlib.contextmanager
-def scratch(parent=None):
+def scratch(parent=None, last=lambda: None):
     """A fresh directory and a stack of clean-ups. At the end, however it comes, the clean-ups run in reverse order,
-    each whatever the others do, deaf to signals; then the sweep."""
+    each whatever the others do, deaf to signals; then the sweep; then `last`."""
     stop_on_signals()
     work = tempfile.mkdtemp(prefix="vmfs-bench-", dir=parent)
     undo = []
@@ -114,6 +114,7 @@ def scratch(parent=None):
             except Exception as e:  # the next one has to run all the same
                 say(f"clean-up: {e}")
         sweep(work)
+        last()
         stop_on_signals()
 
 

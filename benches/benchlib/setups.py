@@ -142,11 +142,16 @@ class Peers:
             raise Failure(f"peers.sh {' '.join(args)}: exit code {done.returncode}\n{text.strip()[-1500:]}")
         return text.strip()
 
-    def finish(self):
-        """The namespace stays when GlusterFS's start was interrupted between making it and using it."""
-        pids = run(["ip", "netns", "pids", NAMESPACE], check=False)
-        if pids.returncode == 0 and not pids.stdout.strip():
+
+def without_namespace():
+    """What takes GlusterFS's namespace away after everything else, when it was not there before: it stays when the start
+    of GlusterFS is interrupted."""
+    there = os.path.exists(f"/run/netns/{NAMESPACE}")
+
+    def remove():
+        if not there and os.path.exists(f"/run/netns/{NAMESPACE}"):
             run(["ip", "netns", "del", NAMESPACE], check=False)
+    return remove
 
 
 def free_ports(count):
