@@ -2,6 +2,8 @@
 
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::cast_possible_truncation, clippy::unwrap_used)]
 
+pub mod old;
+
 use std::sync::Arc;
 
 use vmfs_common::chain::{Draft, EpochSecret, OwnerChain, Tip};
