@@ -194,7 +194,7 @@ impl ImageStore {
             MapChange::None => Ok(0),
             MapChange::Range { range, .. } => {
                 let content = self.map.read().content.clone();
-                content.count_data(&self.shared, range.clone())
+                self.healing(|| content.count_data(&self.shared, range.clone()))
             }
             MapChange::Blocks { start, count } => {
                 let mut old = [Entry::UNSET; RECORD_BLOCKS_MAX];
@@ -204,7 +204,7 @@ impl ImageStore {
                     map.content.recent(*start, old);
                     Arc::clone(&map.content.base)
                 };
-                base.fill(&self.shared, *start, old)?;
+                self.healing(|| base.fill(&self.shared, *start, old))?;
                 Ok(old.iter().filter(|e| e.is_data()).count() as u64)
             }
         }
@@ -333,6 +333,21 @@ impl ImageStore {
             tail.closing.remove(i).retire(&self.shared);
         }
         Ok(head)
+    }
+
+    /// On return every header page written so far has both its copies on stable storage, also a partial
+    /// one, unless appends go on meanwhile: the loss of a page then takes nothing with it.
+    pub(crate) fn sync_pairs(&self) -> Result<(), StoreError> {
+        let alone = self.exclude_syncs();
+        self.check_latch()?;
+        for round in 0..2 {
+            if round == 1 {
+                self.tail.lock().writers().for_each(SegmentWriter::pair_partial_page);
+            }
+            let head = self.or_latch(self.sync_now())?;
+            alone.set_durable(head);
+        }
+        Ok(())
     }
 
     /// Leaves a lasting sign that a sync has failed: the page cache can no longer be believed.

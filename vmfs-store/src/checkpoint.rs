@@ -269,6 +269,13 @@ pub(crate) struct Found {
     pub(crate) at: BodyRef,
 }
 
+/// True when superblock `slot` was never written.
+pub(crate) fn is_slot_blank(image: ImageId, file: &dyn DiskFile, slot: usize) -> Result<bool, StoreError> {
+    let mut page = [0u8; PAGE];
+    file.read_at(&mut page, slot as u64 * PAGE_U64).during(|| format!("reading the map of image {image}"))?;
+    Ok(page.iter().all(|b| *b == 0))
+}
+
 /// Reads superblock `slot` and its body; `None` when either is damaged or was never written.
 ///
 /// # Errors

@@ -115,13 +115,13 @@ impl ImageStore {
             return Ok(());
         }
         let moment = ck.frozen.clone().expect("invariant: freeze has set it");
-        self.sync()?;
+        self.sync_pairs()?;
         let (base, frozen) = {
             let map = self.map.read();
             (Arc::clone(&map.content.base), map.content.frozen.clone().unwrap_or_default())
         };
-        let mut free = self.free_pages(ck)?;
-        let merged = Arc::new(self.merge(&mut free, &base, &frozen)?);
+        let mut free = self.healing(|| self.free_pages(ck))?;
+        let merged = Arc::new(self.healing(|| self.merge(&mut free, &base, &frozen))?);
         ck.register(&merged);
         let forks = self.forks.lock().clone();
         let segments = Arc::clone(&self.map.read().content.segments);
@@ -246,6 +246,14 @@ impl ImageStore {
             synced.inspect_err(|_| self.leave_mark())
         };
         let at = write_body(&self.shared, self.id, &*file, free, &body)?;
+        if c.base.height > 1 {
+            // A second copy that is lost is found by its checksum, and made again by the scrub.
+            let copied =
+                self.shared.files.map_copy(self.id).and_then(|f| f.sync().during(|| "syncing".into()));
+            if let Err(e) = copied {
+                tracing::warn!(image = %self.id, error = %e, "second copies of map pages may be missing");
+            }
+        }
         // Pages of an import may be lost with it, so even this failure is not survived.
         self.or_latch(sync())?;
         for victim in victims {
@@ -366,10 +374,15 @@ impl ImageStore {
         let due = bytes >= self.shared.cfg.checkpoint_log_bytes
             || (dirty_map_full && map_bytes > 0)
             || (rest >= REST_ROUNDS && bytes > 0)
+            || self.checkpoint_missing.load(Ordering::Acquire)
             || trim;
         let Some(mut ck) = self.checkpoints.try_lock() else { return Ok(false) };
         if due {
-            self.checkpoint_locked(&mut ck, trim)?;
+            let missing = self.checkpoint_missing.load(Ordering::Acquire);
+            self.checkpoint_locked(&mut ck, trim || missing)?;
+            if missing {
+                self.checkpoints_whole(&ck);
+            }
         } else if !ck.limbo.is_empty() {
             self.recycle(&mut ck)?;
         }

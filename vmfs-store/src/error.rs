@@ -85,6 +85,14 @@ pub enum StoreError {
         /// Which block of the image.
         index: BlockIndex,
     },
+    /// A page of the block map is not what was written, and its second copy is missing or not either.
+    #[error("page {page} of the map of image {image} is damaged")]
+    BadMapPage {
+        /// The image.
+        image: ImageId,
+        /// The page's number in the map file.
+        page: u32,
+    },
     /// An update's payload in the log is not what was written.
     #[error("the payload of update {seq} is damaged")]
     BadPayload {

@@ -14,6 +14,7 @@ use crate::segment;
 enum Key {
     Segment(u32),
     Map(ImageId),
+    MapCopy(ImageId),
 }
 
 #[derive(Default)]
@@ -35,21 +36,32 @@ pub(crate) fn map_name(image: ImageId) -> String {
     format!("map/{image}")
 }
 
+/// The second copies of pages of an image's map, each at the same place as in the map file.
+pub(crate) fn map_copy_name(image: ImageId) -> String {
+    format!("map/{image}.copy")
+}
+
 impl Files {
     pub(crate) fn new(disk: Arc<dyn Disk>, open_max: usize) -> Self {
         Self { disk, open_max: open_max.max(8), inner: Mutex::default() }
     }
     pub(crate) fn segment(&self, no: u32) -> Result<Arc<dyn DiskFile>, StoreError> {
-        self.get(Key::Segment(no), || segment::file_name(no))
+        self.get(Key::Segment(no), || segment::file_name(no), false)
     }
     pub(crate) fn map(&self, image: ImageId) -> Result<Arc<dyn DiskFile>, StoreError> {
-        self.get(Key::Map(image), || map_name(image))
+        self.get(Key::Map(image), || map_name(image), false)
+    }
+    /// Made when it is missing.
+    pub(crate) fn map_copy(&self, image: ImageId) -> Result<Arc<dyn DiskFile>, StoreError> {
+        self.get(Key::MapCopy(image), || map_copy_name(image), true)
     }
     pub(crate) fn forget_segment(&self, no: u32) {
         self.inner.lock().open.remove(&Key::Segment(no));
     }
     pub(crate) fn forget_map(&self, image: ImageId) {
-        self.inner.lock().open.remove(&Key::Map(image));
+        let mut inner = self.inner.lock();
+        inner.open.remove(&Key::Map(image));
+        inner.open.remove(&Key::MapCopy(image));
     }
     /// Takes over a file that was just created.
     pub(crate) fn adopt_segment(&self, no: u32, file: Arc<dyn DiskFile>) {
@@ -61,7 +73,12 @@ impl Files {
         self.insert(Key::Map(image), file);
     }
 
-    fn get(&self, key: Key, name: impl Fn() -> String) -> Result<Arc<dyn DiskFile>, StoreError> {
+    fn get(
+        &self,
+        key: Key,
+        name: impl Fn() -> String,
+        create: bool,
+    ) -> Result<Arc<dyn DiskFile>, StoreError> {
         {
             let mut inner = self.inner.lock();
             inner.clock += 1;
@@ -71,7 +88,7 @@ impl Files {
                 return Ok(Arc::clone(file));
             }
         }
-        let file = self.disk.open(&name(), false).during(|| format!("opening {}", name()))?;
+        let file = self.disk.open(&name(), create).during(|| format!("opening {}", name()))?;
         self.insert(key, Arc::clone(&file));
         Ok(file)
     }

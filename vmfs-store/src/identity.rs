@@ -5,6 +5,7 @@ use vmfs_common::{DatastoreId, HostId, StoreId};
 
 use crate::disk::{Disk, DiskFile};
 use crate::error::{IoContext as _, StoreError};
+use crate::rot::Ledger;
 use crate::segment::{PAGE, PAGE_U64};
 
 const NAME: &str = "store";
@@ -104,27 +105,66 @@ pub(crate) fn read(disk: &dyn Disk) -> Result<Identity, StoreError> {
 
 /// Takes a range of generation numbers that was never given out; returns its first.
 ///
+/// Both copies of the limit end up the same: the loss of either must not bring an older limit back, and
+/// with it generations that were given out before.
+///
 /// # Errors
 /// [`StoreError::Corrupt`] when neither copy of the limit is readable, or the disk's.
-pub(crate) fn take_generations(disk: &dyn Disk) -> Result<u64, StoreError> {
+pub(crate) fn take_generations(disk: &dyn Disk, rot: &Ledger) -> Result<u64, StoreError> {
     let what = || "reading the store".to_owned();
     let file = open(disk)?;
     let mut limits = [None, None];
     for (i, limit) in limits.iter_mut().enumerate() {
-        let mut page = vec![0u8; PAGE];
-        file.read_at(&mut page, (2 + i as u64) * PAGE_U64).during(what)?;
-        if page[..8] == LIMIT_MAGIC && is_sealed(&page) {
-            *limit = Reader::new(&page[8..]).u64().ok();
-        }
+        *limit = read_limit(&*file, i as u64)?;
     }
-    let first = limits.iter().flatten().max().copied();
-    let first = first.ok_or_else(|| StoreError::corrupt("the store's generation limit"))?;
-    // The lower (or damaged) one is overwritten. Before that the other is made durable: it may be there
-    // in the page cache only, from a start whose sync has failed.
+    let highest = limits.iter().flatten().max().copied();
+    let highest = highest.ok_or_else(|| StoreError::corrupt("the store's generation limit"))?;
+    let damaged = limits.iter().position(Option::is_none);
+    // The damaged one may have been the higher, by one step.
+    let first = if damaged.is_some() { highest + STEP } else { highest };
+    // The lower (or damaged) one is overwritten first. Before that the other is made durable: it may be
+    // there in the page cache only, from a start whose sync has failed.
     let victim = u64::from(limits[0] > limits[1]);
-    for (limit, place) in [(first, 1 - victim), (first + STEP, victim)] {
+    for (limit, place) in [(highest, 1 - victim), (first + STEP, victim), (first + STEP, 1 - victim)] {
         file.write_at(&limit_page(limit), (2 + place) * PAGE_U64).during(what)?;
         file.sync().during(what)?;
     }
+    if let Some(i) = damaged {
+        rot.found_and_repaired(None, &format!("page {} of the file store", 2 + i), "from its second copy");
+    }
     Ok(first)
+}
+
+fn read_limit(file: &dyn DiskFile, copy: u64) -> Result<Option<u64>, StoreError> {
+    let mut page = vec![0u8; PAGE];
+    file.read_at(&mut page, (2 + copy) * PAGE_U64).during(|| "reading the store".to_owned())?;
+    let whole = page[..8] == LIMIT_MAGIC && is_sealed(&page);
+    Ok(if whole { Reader::new(&page[8..]).u64().ok() } else { None })
+}
+
+/// Writes whichever copies of the identity and of the limit are damaged again, from the other ones.
+///
+/// # Errors
+/// As [`read`], or the disk's.
+pub(crate) fn mend(disk: &dyn Disk, rot: &Ledger) -> Result<(), StoreError> {
+    let what = || "repairing the store".to_owned();
+    let good = encode(&read(disk)?);
+    let file = open(disk)?;
+    let limits = [read_limit(&*file, 0)?, read_limit(&*file, 1)?];
+    // Only a running store is mended here: its limits are the same.
+    let limit = limits.iter().flatten().max().copied();
+    let limit = limit.ok_or_else(|| StoreError::corrupt("the store's generation limit"))?;
+    for (at, want) in [good.clone(), good, limit_page(limit), limit_page(limit)].iter().enumerate() {
+        let offset = at as u64 * PAGE_U64;
+        let mut page = vec![0u8; PAGE];
+        file.read_at(&mut page, offset).during(what)?;
+        if page != *want {
+            let name = format!("page {at} of the file store");
+            rot.found(None, &name);
+            file.write_at(want, offset).during(what)?;
+            file.sync().during(what)?;
+            rot.repaired(None, &name, "from its second copy");
+        }
+    }
+    Ok(())
 }

@@ -87,6 +87,8 @@ pub struct ImageStore {
     /// Head seq at the last background round, and rounds since it changed.
     pub(crate) seen_seq: AtomicU64,
     pub(crate) rest_rounds: AtomicU32,
+    /// One of the two checkpoints is damaged or was never made.
+    pub(crate) checkpoint_missing: AtomicBool,
 }
 
 impl std::fmt::Debug for ImageStore {
@@ -124,6 +126,7 @@ impl ImageStore {
             importing: AtomicBool::new(false),
             seen_seq: AtomicU64::new(0),
             rest_rounds: AtomicU32::new(0),
+            checkpoint_missing: AtomicBool::new(false),
         }
     }
     /// Which image.
@@ -193,7 +196,7 @@ impl ImageStore {
                 map.content.recent(at, &mut entries[..n]);
                 (Arc::clone(&map.content.base), Arc::clone(&map.content.segments))
             };
-            base.fill(&self.shared, at, &mut entries[..n])?;
+            self.healing(|| base.fill(&self.shared, at, &mut entries[..n]))?;
             read_entries(&self.shared, &segments, at, &entries[..n], piece)?;
             at += n as u64;
         }
@@ -298,7 +301,7 @@ impl ImageStore {
     /// The disk's.
     pub fn next_data(&self, from: BlockIndex) -> Result<Option<BlockIndex>, StoreError> {
         let content = self.map.read().content.clone();
-        Ok(content.next_data(&self.shared, from.0)?.map(BlockIndex))
+        Ok(self.healing(|| content.next_data(&self.shared, from.0))?.map(BlockIndex))
     }
     /// The first block at or after `from` that holds no data.
     ///
@@ -306,7 +309,7 @@ impl ImageStore {
     /// The disk's.
     pub fn next_hole(&self, from: BlockIndex) -> Result<BlockIndex, StoreError> {
         let content = self.map.read().content.clone();
-        content.next_hole(&self.shared, from.0).map(BlockIndex)
+        self.healing(|| content.next_hole(&self.shared, from.0)).map(BlockIndex)
     }
 }
 

@@ -161,11 +161,16 @@ impl Meta {
         let end = file.len_bytes().during(what)?;
         let mut values = BTreeMap::new();
         let (mut at, mut good_end, mut expected) = (0, 0, None);
+        let (mut copies, mut gap, mut damaged) = (0u64, false, false);
         while at < end {
             let Some(group) = read_group(&*file, at, end)? else {
+                gap = true;
                 at += PAGE_U64;
                 continue;
             };
+            // Whatever is bad before a whole group was whole once, and every group is there twice.
+            damaged |= std::mem::take(&mut gap);
+            copies += 1;
             // The other copy of the one before has its number.
             let wanted = expected.unwrap_or(group.number);
             if group.number > wanted {
@@ -188,6 +193,9 @@ impl Meta {
         let inner =
             Inner { values, queue: Vec::new(), queued_no: 0, done_no: 0, running: false, failed: false };
         let this = Self { inner: Mutex::new(inner), done: Condvar::new(), journal: Mutex::new(journal) };
+        if damaged || !copies.is_multiple_of(2) {
+            shared.rot.found_and_repaired(None, NAME, "from its second copy");
+        }
         if end > 0 {
             // What was read may be in the page cache alone, and a sync may have failed on it.
             this.rewrite(shared, &all)?;
@@ -279,6 +287,54 @@ impl Meta {
         inner.failed |= result.is_err();
         self.done.notify_all();
         result
+    }
+
+    /// Reads the journal back and writes it anew, from memory, when any copy of a group in it is damaged.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub(crate) fn scrub(&self, shared: &Shared) -> Result<(), StoreError> {
+        let all: Vec<Change> = {
+            let mut inner = self.inner.lock();
+            while inner.running {
+                self.done.wait(&mut inner);
+            }
+            if inner.failed {
+                return Ok(());
+            }
+            inner.running = true;
+            inner.values.iter().map(|(k, v)| (*k, Some(v.clone()))).collect()
+        };
+        let result = self.check_copies().and_then(|whole| {
+            if whole {
+                return Ok(());
+            }
+            shared.rot.found(None, NAME);
+            self.rewrite(shared, &all)?;
+            shared.rot.repaired(None, NAME, "written anew");
+            Ok(())
+        });
+        let mut inner = self.inner.lock();
+        inner.running = false;
+        inner.failed |= result.is_err();
+        self.done.notify_all();
+        result
+    }
+
+    /// True when every group is there twice.
+    fn check_copies(&self) -> Result<bool, StoreError> {
+        let journal = self.journal.lock();
+        let mut at = 0;
+        while at < journal.end {
+            let Some(first) = read_group(&*journal.file, at, journal.end)? else { return Ok(false) };
+            at += first.copy_bytes;
+            let second = read_group(&*journal.file, at, journal.end)?;
+            if second.is_none_or(|s| s.number != first.number) {
+                return Ok(false);
+            }
+            at += first.copy_bytes;
+        }
+        Ok(at == journal.end)
     }
 
     fn rewrite(&self, shared: &Shared, all: &[Change]) -> Result<(), StoreError> {

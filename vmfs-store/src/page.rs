@@ -13,6 +13,13 @@ pub(crate) const BODY: usize = PAGE - FIXED;
 /// "No record starts in this page."
 const NONE: u16 = u16::MAX;
 
+/// A page of another format version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct OtherVersion {
+    pub(crate) found: u32,
+    pub(crate) known: u32,
+}
+
 /// Where a record begins, for searches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Start {
@@ -102,29 +109,47 @@ impl HeaderPage {
         (self.page as u64 + (1 - (self.write_no & 1)) as u64) * PAGE_U64
     }
     /// The newer valid one of the two copies in `pair`.
-    pub(crate) fn parse_pair(pair: &[u8], page: u16, index: u16, generation: u64) -> Option<Self> {
-        let copies = pair.chunks_exact(PAGE).filter_map(|p| Self::parse(p, page, index, generation));
-        copies.max_by_key(|p| p.write_no)
+    ///
+    /// # Errors
+    /// The version of a whole copy that this release does not read.
+    pub(crate) fn parse_pair(
+        pair: &[u8],
+        page: u16,
+        index: u16,
+        generation: u64,
+    ) -> Result<Option<Self>, OtherVersion> {
+        let (a, b) = pair.split_at(PAGE);
+        let (a, b) = (Self::parse(a, page, index, generation)?, Self::parse(b, page, index, generation)?);
+        Ok([a, b].into_iter().flatten().max_by_key(|p| p.write_no))
     }
-    fn parse(b: &[u8], page: u16, index: u16, generation: u64) -> Option<Self> {
+    /// One copy; `None` when it is damaged or something else.
+    pub(crate) fn parse(
+        b: &[u8],
+        page: u16,
+        index: u16,
+        generation: u64,
+    ) -> Result<Option<Self>, OtherVersion> {
         let u16_at = |o: usize| u16::from_le_bytes([b[o], b[o + 1]]);
         let u32_at = |o: usize| u32::from_le_bytes([b[o], b[o + 1], b[o + 2], b[o + 3]]);
         let u64_at = |o: usize| u64::from(u32_at(o)) | u64::from(u32_at(o + 4)) << 32;
-        if u32_at(0) != MAGIC || u16_at(4) != VERSION || u16_at(6) != index || u16_at(48) != page {
-            return None;
+        if u32_at(0) != MAGIC || u16_at(6) != index || u16_at(48) != page {
+            return Ok(None);
         }
         if u64_at(8) != generation || usize::from(u16_at(20)) > BODY {
-            return None;
+            return Ok(None);
         }
         let crc = crc32c::crc32c_append(crc32c::crc32c(&b[..60]), &b[FIXED..PAGE]);
         if crc != u32_at(60) {
-            return None;
+            return Ok(None);
+        }
+        if u16_at(4) != VERSION {
+            return Err(OtherVersion { found: u16_at(4).into(), known: VERSION.into() });
         }
         let mut bytes = Box::new([0; PAGE]);
         bytes.copy_from_slice(b);
         let offset = u16_at(24);
         let first = Start { offset, seq: u64_at(32), payload_page: u16_at(26) };
-        Some(Self {
+        Ok(Some(Self {
             page,
             index,
             write_no: u32_at(16),
@@ -133,7 +158,11 @@ impl HeaderPage {
             synced_seq: u64_at(40),
             used: u16_at(20),
             bytes,
-        })
+        }))
+    }
+    /// True when the page is surely meant to be a header page of this segment, whole or not.
+    pub(crate) fn is_meant(b: &[u8], generation: u64) -> bool {
+        b[..4] == MAGIC.to_le_bytes() && b[8..16] == generation.to_le_bytes()
     }
 }
 
@@ -154,7 +183,7 @@ mod tests {
     fn the_newer_whole_copy_of_its_own_generation_counts() {
         let old = *page(4, 1).finish(8, 70);
         let new = *page(5, 2).finish(8, 71);
-        let read = |a: &[u8], b: &[u8]| HeaderPage::parse_pair(&[a, b].concat(), 6, 2, 8);
+        let read = |a: &[u8], b: &[u8]| HeaderPage::parse_pair(&[a, b].concat(), 6, 2, 8).unwrap();
         let got = read(&old, &new).expect("two whole copies");
         assert_eq!((got.write_no, got.synced_seq, got.next, got.used()), (5, 71, 30, 100));
         assert_eq!(got.first, page(5, 2).first);
@@ -164,9 +193,10 @@ mod tests {
             torn[at] ^= 0x10;
             assert_eq!(read(&old, &torn).expect("the other copy").write_no, 4, "byte {at}");
         }
-        assert!(HeaderPage::parse_pair(&[old, new].concat(), 6, 2, 9).is_none());
-        assert!(HeaderPage::parse_pair(&[old, new].concat(), 8, 2, 8).is_none());
-        assert!(HeaderPage::parse_pair(&[old, new].concat(), 6, 3, 8).is_none());
+        for (page, index, generation) in [(6, 2, 9), (8, 2, 8), (6, 3, 8)] {
+            let got = HeaderPage::parse_pair(&[old, new].concat(), page, index, generation);
+            assert!(got.unwrap().is_none());
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use vmfs_common::Digest;
 use vmfs_common::header::{HEADER_MAX_BYTES, Update};
 
 use crate::error::{IoContext as _, StoreError};
-use crate::page::HeaderPage;
+use crate::page::{HeaderPage, OtherVersion};
 use crate::segment::{FIRST_PAGE, PAGE, PAGE_U64, Segment, file_name};
 use crate::shared::Shared;
 use crate::writer::{IndexEntry, LogPos, RECORD_BLOCKS_MAX, RECORD_FIXED, RecordKind};
@@ -45,6 +45,11 @@ impl Record {
                 digests.chunks_exact(Digest::LEN).nth(at).and_then(digest)
             }
         }
+    }
+    /// Block indices of imported blocks, one per payload block.
+    pub(crate) fn block_indices(&self) -> Vec<u64> {
+        let words = self.body.chunks_exact(8).take(self.crcs.len());
+        words.map(|c| c.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))).collect()
     }
     /// Reads its payload and checks it against the checksums; `None` when it is damaged.
     pub(crate) fn payload(&self, shared: &Shared, seg: &Segment) -> Result<Option<Vec<u8>>, StoreError> {
@@ -98,7 +103,12 @@ fn read_page(
     let file = seg.file(&shared.files)?;
     file.read_at(&mut pair, u64::from(page) * PAGE_U64)
         .during(|| format!("reading {}", file_name(seg.no)))?;
-    Ok(HeaderPage::parse_pair(&pair, page, index, seg.generation))
+    HeaderPage::parse_pair(&pair, page, index, seg.generation).map_err(|v| other_version(seg, page, v))
+}
+
+pub(crate) fn other_version(seg: &Segment, page: u16, v: OtherVersion) -> StoreError {
+    let what = format!("page {page} of {}", file_name(seg.no));
+    StoreError::Version { what, found: v.found, known: v.known }
 }
 
 impl<'a> Records<'a> {

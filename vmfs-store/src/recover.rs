@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use vmfs_common::header::Update;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{Head, ImageId, Seq};
 
 use crate::append::mark_name;
-use crate::checkpoint::{Body, Found, SegmentRow, read_slot, write_super};
+use crate::checkpoint::{Body, Found, SegmentRow, is_slot_blank, read_slot, write_super};
 use crate::checkpointing::{Checkpoints, Slot};
 use crate::error::{IoContext as _, StoreError};
 use crate::fork::Fork;
@@ -35,6 +36,11 @@ pub(crate) struct Loaded {
     slots: [Option<Found>; 2],
 }
 
+/// A checkpoint's name in messages.
+pub(crate) fn checkpoint_name(slot: usize) -> String {
+    format!("checkpoint {slot}")
+}
+
 impl Loaded {
     /// # Errors
     /// [`StoreError::Corrupt`] when neither checkpoint is readable, another version, or the disk's.
@@ -44,6 +50,11 @@ impl Loaded {
         let slots = [slot(0)?, slot(1)?];
         if slots.iter().all(Option::is_none) {
             return Err(StoreError::corrupt(format!("the map of image {image}")));
+        }
+        for (i, found) in slots.iter().enumerate() {
+            if found.is_none() && !is_slot_blank(image, &*file, i)? {
+                shared.rot.found(Some(image), &checkpoint_name(i));
+            }
         }
         Ok(Self { image, slots })
     }
@@ -127,11 +138,18 @@ pub(crate) fn recover(
     let torn = tale.torn || later.values().any(|c| !on_path.contains(&c.no));
     let any = !tale.updates.is_empty() || torn || path.iter().any(|s| s.pos.is_none());
     sync_path(shared, &path, any)?;
+    for step in &path {
+        // Written by an earlier process, which may not have come to the second copies of its last pages.
+        step.part.seg.unpaired.store(true, Ordering::Relaxed);
+    }
 
     let mut rebuilt =
         Rebuild { shared, image: loaded.image, body, segments, chain, path: &path, tale: &tale };
     let image = rebuilt.assemble(&loaded)?;
     unused.retain(|(no, _)| !image.map.read().content.segments.contains_key(no));
+    if fallback {
+        image.checkpoint_missing.store(true, Ordering::Release);
+    }
     if marked(shared, image.id)? {
         loaded.rewrite_superblocks(shared)?;
         image.rewrite_tail(newest.body.state.head(), &newest.body)?;

@@ -74,13 +74,22 @@ pub(crate) struct Segment {
     pub(crate) generation: u64,
     /// Every page of the file has been written once: its syncs need no file system journal.
     pub(crate) prepared: AtomicBool,
+    /// The second copies of its last header pages may never have been written.
+    pub(crate) unpaired: AtomicBool,
     /// Header pages not yet on disk, and the index, while the segment is written to.
     pub(crate) live: Mutex<Option<Live>>,
 }
 
 impl Segment {
     pub(crate) fn new(no: u32, class: Class, generation: u64, prepared: bool) -> Self {
-        Self { no, class, generation, prepared: AtomicBool::new(prepared), live: Mutex::new(None) }
+        Self {
+            no,
+            class,
+            generation,
+            prepared: AtomicBool::new(prepared),
+            unpaired: AtomicBool::new(false),
+            live: Mutex::new(None),
+        }
     }
     pub(crate) fn file(&self, files: &Files) -> Result<Arc<dyn DiskFile>, StoreError> {
         files.segment(self.no)

@@ -14,6 +14,7 @@ use crate::files::Files;
 use crate::image::Space;
 use crate::map::cache::PageCache;
 use crate::pool::{Pool, Reserve};
+use crate::rot::Ledger;
 use crate::segment::Segment;
 use crate::writer::IndexEntry;
 
@@ -81,6 +82,7 @@ pub(crate) struct Shared {
     pub(crate) pages: PageCache,
     pub(crate) indexes: Indexes,
     pub(crate) generations: Generations,
+    pub(crate) rot: Ledger,
     /// Bytes of map changes not yet in a checkpoint, over all images.
     pub(crate) dirty_map_bytes: AtomicU64,
 }

@@ -15,7 +15,7 @@ use crate::checkpointing::{Checkpoints, Commit};
 use crate::config::StoreConfig;
 use crate::disk::Disk;
 use crate::error::{IoContext as _, StoreError};
-use crate::files::{Files, map_name};
+use crate::files::{Files, map_copy_name, map_name};
 use crate::identity::{self, Identity};
 use crate::image::ImageStore;
 use crate::log::Tail;
@@ -25,6 +25,7 @@ use crate::map::{Content, Segments};
 use crate::meta::Meta;
 use crate::pool::{Pool, Reserve};
 use crate::recover::{Candidate, Loaded, recover};
+use crate::rot::{Ledger, Rot};
 use crate::segment::{Class, Kind, Segment, SegmentHeader, file_name};
 use crate::shared::{Generations, Indexes, Shared};
 
@@ -82,6 +83,7 @@ impl Store {
         host: HostId,
         cfg: StoreConfig,
     ) -> Result<Arc<Self>, StoreError> {
+        let rot = Ledger::default();
         let identity = identity::read(&*disk)?;
         if identity.host != host {
             return Err(StoreError::WrongHost { expected: host, found: identity.host });
@@ -89,7 +91,8 @@ impl Store {
         if identity.datastore != datastore {
             return Err(StoreError::WrongDatastore { expected: datastore, found: identity.datastore });
         }
-        let first_generation = identity::take_generations(&*disk)?;
+        let first_generation = identity::take_generations(&*disk, &rot)?;
+        identity::mend(&*disk, &rot)?;
         let shared = Arc::new(Shared {
             files: Files::new(Arc::clone(&disk), cfg.open_files_max),
             pages: PageCache::new(cfg.map_cache_bytes),
@@ -99,6 +102,7 @@ impl Store {
             reserve: Reserve::default(),
             indexes: Indexes::default(),
             generations: Generations::starting(first_generation),
+            rot,
             dirty_map_bytes: AtomicU64::new(0),
             cfg,
         });
@@ -199,8 +203,10 @@ impl Store {
         self.shared.files.forget_map(id);
         self.shared.disk.remove(&mark_name(id)).during(what)?;
         self.shared.disk.remove(&map_name(id)).during(what)?;
+        self.shared.disk.remove(&map_copy_name(id)).during(what)?;
         self.shared.disk.sync_names("map").during(what)?;
         self.shared.pages.purge(id);
+        self.shared.rot.forget(id);
         self.limbo.lock().extend(segments.values().map(Arc::clone));
         drop(segments);
         self.recycle()
@@ -243,6 +249,22 @@ impl Store {
     pub fn remove_meta(&self, key: ImageId) -> Result<(), StoreError> {
         self.meta.change(&self.shared, key, None)
     }
+    /// Damage found in what all images share: the store's identity and its metadata.
+    #[must_use]
+    pub fn rot(&self) -> Rot {
+        self.shared.rot.get(None)
+    }
+    /// Looks at what all images share (identity, metadata), a few pages, and repairs what is damaged.
+    ///
+    /// # Errors
+    /// The disk's, or damage in both copies of something.
+    pub fn scrub_shared(&self) -> Result<(), StoreError> {
+        self.shared.rot.begin_pass(None);
+        identity::mend(&*self.shared.disk, &self.shared.rot)?;
+        self.meta.scrub(&self.shared)?;
+        self.shared.rot.end_pass(None);
+        Ok(())
+    }
     /// Does background work worth about `budget_bytes` of I/O: checkpoints that are due, recycling,
     /// prewriting segments. To be called from one thread, about ten times a second while writes go
     /// on. True when there is more to do.
@@ -277,7 +299,10 @@ impl ImageStore {
         let segments = Segments::default();
         let commit =
             Commit { moment: &moment, base: &base, forks: &[], victims: vec![0], segments: &segments };
-        self.commit(&mut ck, &mut FreePages::new(), &commit).map(|_| ())
+        let mut free = FreePages::new();
+        self.commit(&mut ck, &mut free, &commit)?;
+        // A body of its own, so that a new image does not hang on one page either.
+        self.commit(&mut ck, &mut free, &Commit { victims: vec![1], ..commit }).map(|_| ())
     }
     /// Stops the image for good and gives up its segments.
     fn retire(&self) -> Segments {

@@ -40,7 +40,7 @@ impl ImageStore {
         let content = self.map.read().content.clone();
         let mut report = VerifyReport::default();
         let head = state.head().seq;
-        let blocks = content.count_data(&self.shared, 0..BLOCKS_MAX)?;
+        let blocks = self.healing(|| content.count_data(&self.shared, 0..BLOCKS_MAX))?;
         let total = (head.0 + 1).saturating_sub(log_start.0) + blocks;
         let mut parent = None;
         let mut next = log_start;
@@ -104,7 +104,7 @@ impl ImageStore {
         self.check_data()?;
         let content = self.map.read().content.clone();
         let mut entry = [Entry::UNSET];
-        content.entries(&self.shared, index.0, &mut entry)?;
+        self.healing(|| content.entries(&self.shared, index.0, &mut entry))?;
         let [entry] = entry;
         if !entry.is_data() || data.len() != BLOCK_BYTES || !entry.matches(crc32c::crc32c(data)) {
             return Err(StoreError::DigestMismatch);

@@ -100,6 +100,8 @@ pub(crate) struct SegmentWriter {
     closed: bool,
     mirror: Vec<HeaderPage>,
     mirror_next: Vec<HeaderPage>,
+    /// Page and write number of the partial page that has its second copy.
+    paired: (u16, u32),
 }
 
 impl SegmentWriter {
@@ -121,6 +123,7 @@ impl SegmentWriter {
             closed: false,
             mirror: Vec::new(),
             mirror_next: Vec::new(),
+            paired: (0, 0),
         })
     }
 
@@ -255,6 +258,52 @@ impl SegmentWriter {
             self.mirror_next.push(done);
         }
         Ok(std::mem::take(&mut self.unsynced))
+    }
+
+    /// Has the next sync write the second copy of the partial page too, where the version before it is.
+    /// The sync before this one has finished, so the first copy is durable.
+    pub(crate) fn pair_partial_page(&mut self) {
+        let guard = self.seg.live.lock();
+        let live = guard.as_ref().expect("invariant: a segment with a writer is live");
+        let version = (live.open.page, live.open.write_no);
+        if live.open.write_no > 0 && !live.dirty && version != self.paired {
+            self.paired = version;
+            self.mirror.push(live.open.clone());
+        }
+    }
+
+    /// Pages whose two copies are not both what they will be: they are in memory, too.
+    pub(crate) fn unfinished_pages(&self) -> Vec<u16> {
+        let guard = self.seg.live.lock();
+        let live = guard.as_ref().expect("invariant: a segment with a writer is live");
+        let pages = std::iter::once(&live.open).chain(&live.full);
+        pages.chain(&self.mirror).chain(&self.mirror_next).map(|p| p.page).collect()
+    }
+
+    /// Writes a copy of the partial page again if it is damaged; returns where. The caller keeps others from
+    /// appending and syncing.
+    pub(crate) fn mend_partial_page(&mut self) -> Result<Option<u64>, StoreError> {
+        let mut guard = self.seg.live.lock();
+        let live = guard.as_mut().expect("invariant: a segment with a writer is live");
+        if live.dirty || live.open.write_no == 0 || self.paired != (live.open.page, live.open.write_no) {
+            return Ok(None);
+        }
+        let what = || format!("repairing {}", file_name(self.seg.no));
+        let (page, index, synced) = (live.open.page, live.open.index, live.open.synced_seq);
+        for copy in 0..2u64 {
+            let offset = (u64::from(page) + copy) * PAGE_U64;
+            let mut found = vec![0u8; PAGE];
+            self.file.read_at(&mut found, offset).during(what)?;
+            let whole = HeaderPage::parse(&found, page, index, self.seg.generation);
+            if matches!(whole, Ok(Some(_))) {
+                continue;
+            }
+            let bytes = live.open.finish(self.seg.generation, synced);
+            self.file.write_at(bytes, offset).during(what)?;
+            self.file.sync().during(what)?;
+            return Ok(Some(offset / PAGE_U64));
+        }
+        Ok(None)
     }
 
     /// The sync that [`SegmentWriter::prepare_sync`] prepared has succeeded.

@@ -84,6 +84,47 @@ fn other_versions_are_refused_naming_both() {
     assert!(e.contains("version 3") && e.contains(&seg), "{e}");
 }
 
+/// As [`patch`], for structures whose checksum is elsewhere: `crc` makes it.
+fn patch_page(disk: &SimDisk, name: &str, page: u64, change: impl FnOnce(&mut [u8])) {
+    let file = disk.open(name, false).unwrap();
+    let mut bytes = vec![0u8; 4096];
+    file.read_at(&mut bytes, page * 4096).unwrap();
+    change(&mut bytes);
+    file.write_at(&bytes, page * 4096).unwrap();
+}
+
+#[test]
+fn other_versions_of_header_pages_and_metadata_are_refused_naming_both() {
+    let mut rig = Rig::new();
+    rig.write(1, &[1]);
+    rig.store.put_meta(IMAGE, &[1; 100]).unwrap();
+    rig.image.sync().unwrap();
+    let seg = rig.disk.files().into_iter().find(|(n, _)| n.starts_with("seg/")).unwrap().0;
+    let disk = rig.disk.kill();
+    for page in [2, 3] {
+        patch_page(&disk, &seg, page, |b| {
+            b[4..6].copy_from_slice(&7u16.to_le_bytes());
+            let crc = crc32c::crc32c_append(crc32c::crc32c(&b[..60]), &b[64..]);
+            b[60..64].copy_from_slice(&crc.to_le_bytes());
+        });
+    }
+    let store = open(&disk, small()).unwrap();
+    let (id, why) = store.damaged()[0].clone();
+    assert_eq!(id, IMAGE);
+    assert!(why.contains("version 7") && why.contains("version 1") && why.contains(&seg), "{why}");
+    let disk = rig.disk.kill();
+    for page in [0, 1] {
+        patch_page(&disk, "meta", page, |b| {
+            b[4..8].copy_from_slice(&6u32.to_le_bytes());
+            let len = u32::from_le_bytes(b[16..20].try_into().unwrap()) as usize;
+            let crc = crc32c::crc32c_append(crc32c::crc32c(&b[..20]), &b[24..24 + len]);
+            b[20..24].copy_from_slice(&crc.to_le_bytes());
+        });
+    }
+    let e = open(&disk, small()).unwrap_err().to_string();
+    assert!(e.contains("version 6") && e.contains("version 1") && e.contains("metadata"), "{e}");
+}
+
 #[test]
 fn a_full_disk_refuses_data_and_takes_control_updates() {
     let cfg = StoreConfig { reserve_bytes: 512 << 10, ..small() };

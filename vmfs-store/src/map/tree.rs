@@ -32,17 +32,25 @@ impl PageRef {
     pub(crate) fn page(self) -> u32 {
         u32::try_from(self.0 >> 32).expect("invariant: 32 bits are left")
     }
-    fn crc(self) -> u32 {
+    pub(crate) fn crc(self) -> u32 {
         u32::try_from(self.0 & 0xffff_ffff).expect("invariant: 32 bits are left")
     }
     /// The entry of every block below, when there is no page.
-    fn special(self) -> Option<Entry> {
+    pub(crate) fn special(self) -> Option<Entry> {
         match self {
             Self::ABSENT => Some(Entry::ABSENT),
             Self::ZERO => Some(Entry::ZERO),
             _ => None,
         }
     }
+}
+
+/// A page of a tree and what it covers: 512^height blocks from `start`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PageAt {
+    pub(crate) page: PageRef,
+    pub(crate) height: u32,
+    pub(crate) start: u64,
 }
 
 /// A checkpointed map.
@@ -114,23 +122,22 @@ impl Base {
     }
     /// Calls `f` with the number of every page of the tree, reading inner pages only.
     pub(crate) fn for_each_page(&self, shared: &Shared, f: &mut impl FnMut(u32)) -> Result<(), StoreError> {
-        self.walk(shared, self.root, self.height, f)
+        self.for_each_ref(shared, &mut |at| f(at.page.page()))
     }
-    fn walk(
-        &self,
-        shared: &Shared,
-        r: PageRef,
-        height: u32,
-        f: &mut impl FnMut(u32),
-    ) -> Result<(), StoreError> {
-        if r.special().is_some() {
+    /// Calls `f` with every page of the tree, above its children, reading inner pages only.
+    pub(crate) fn for_each_ref(&self, shared: &Shared, f: &mut impl FnMut(PageAt)) -> Result<(), StoreError> {
+        self.walk(shared, PageAt { page: self.root, height: self.height, start: 0 }, f)
+    }
+    fn walk(&self, shared: &Shared, at: PageAt, f: &mut impl FnMut(PageAt)) -> Result<(), StoreError> {
+        if at.page.special().is_some() {
             return Ok(());
         }
-        f(r.page());
-        if height > 1 {
-            let page = self.load(shared, r)?;
-            for child in page.iter() {
-                self.walk(shared, PageRef(*child), height - 1, f)?;
+        f(at);
+        if at.height > 1 {
+            let (page, height) = (self.load(shared, at.page)?, at.height - 1);
+            for (child, i) in page.iter().zip(0u64..) {
+                let start = at.start + i * span(height);
+                self.walk(shared, PageAt { page: PageRef(*child), height, start }, f)?;
             }
         }
         Ok(())
@@ -146,20 +153,91 @@ fn load(shared: &Shared, image: ImageId, r: PageRef) -> Result<MapPage, StoreErr
     if let Some(page) = shared.pages.get(image, r.page()) {
         return Ok(page);
     }
-    let mut bytes = [0u8; PAGE];
+    let bytes = match read_page(shared, image, r)? {
+        Some(bytes) => bytes,
+        None => from_copy(shared, image, r)?,
+    };
+    let page = words_of(&bytes);
+    shared.pages.put(image, r.page(), Arc::clone(&page));
+    Ok(page)
+}
+
+/// A page's name in messages.
+pub(crate) fn page_name(page: u32) -> String {
+    format!("page {page} of the map")
+}
+
+/// The page as it is in the map file; `None` when it is damaged there.
+pub(crate) fn read_page(
+    shared: &Shared,
+    image: ImageId,
+    r: PageRef,
+) -> Result<Option<[u8; PAGE]>, StoreError> {
     let file = shared.files.map(image)?;
-    let what = || format!("page {} of the map of image {image}", r.page());
-    file.read_at(&mut bytes, u64::from(r.page()) * PAGE_U64).during(|| format!("reading {}", what()))?;
-    if crc32c::crc32c(&bytes) != r.crc() {
-        return Err(StoreError::corrupt(what()));
-    }
+    read_from(&*file, image, r)
+}
+
+fn read_from(file: &dyn DiskFile, image: ImageId, r: PageRef) -> Result<Option<[u8; PAGE]>, StoreError> {
+    let mut bytes = [0u8; PAGE];
+    let what = || format!("reading {} of image {image}", page_name(r.page()));
+    file.read_at(&mut bytes, u64::from(r.page()) * PAGE_U64).during(what)?;
+    Ok((crc32c::crc32c(&bytes) == r.crc()).then_some(bytes))
+}
+
+/// The page as it is in the file of second copies; `None` when it is not there.
+pub(crate) fn read_copy(
+    shared: &Shared,
+    image: ImageId,
+    r: PageRef,
+) -> Result<Option<[u8; PAGE]>, StoreError> {
+    let file = shared.files.map_copy(image)?;
+    read_from(&*file, image, r)
+}
+
+/// A damaged page's second copy, which is put back in its place.
+fn from_copy(shared: &Shared, image: ImageId, r: PageRef) -> Result<[u8; PAGE], StoreError> {
+    let what = page_name(r.page());
+    shared.rot.found(Some(image), &what);
+    let Some(bytes) = read_copy(shared, image, r)? else {
+        return Err(StoreError::BadMapPage { image, page: r.page() });
+    };
+    put_back(shared, image, r, &bytes)?;
+    shared.rot.repaired(Some(image), &what, "from its second copy");
+    Ok(bytes)
+}
+
+/// Writes a page's right bytes over the damaged ones. Durable on return. The caller holds a map that
+/// refers to the page, so that it is not given to anybody else meanwhile.
+pub(crate) fn put_back(
+    shared: &Shared,
+    image: ImageId,
+    r: PageRef,
+    bytes: &[u8; PAGE],
+) -> Result<(), StoreError> {
+    assert_eq!(crc32c::crc32c(bytes), r.crc(), "invariant: only a page's own bytes are put back");
+    let file = shared.files.map(image)?;
+    let what = || format!("repairing {} of image {image}", page_name(r.page()));
+    file.write_at(bytes, u64::from(r.page()) * PAGE_U64).during(what)?;
+    file.sync().during(what)?;
+    shared.pages.put(image, r.page(), words_of(bytes));
+    Ok(())
+}
+
+fn words_of(bytes: &[u8; PAGE]) -> MapPage {
     let mut words = [0u64; ENTRIES];
     for (w, b) in words.iter_mut().zip(bytes.chunks_exact(8)) {
         *w = u64::from_le_bytes(b.try_into().expect("invariant: chunks of eight"));
     }
-    let page = Arc::new(words);
-    shared.pages.put(image, r.page(), Arc::clone(&page));
-    Ok(page)
+    Arc::new(words)
+}
+
+/// As they are on the disk.
+pub(crate) fn bytes_of(words: &[u64; ENTRIES]) -> [u8; PAGE] {
+    let mut bytes = [0u8; PAGE];
+    for (b, w) in bytes.chunks_exact_mut(8).zip(words) {
+        b.copy_from_slice(&w.to_le_bytes());
+    }
+    bytes
 }
 
 /// Pages of a map file that may be overwritten.
@@ -229,7 +307,7 @@ impl Merge<'_> {
             if root != PageRef::ABSENT {
                 let mut words = [0u64; ENTRIES];
                 words[0] = root.0;
-                root = self.write(&words)?;
+                root = self.write(&words, height + 1)?;
             }
             height += 1;
         }
@@ -259,17 +337,22 @@ impl Merge<'_> {
         }
         false
     }
-    fn write(&mut self, words: &[u64; ENTRIES]) -> Result<PageRef, StoreError> {
-        let mut bytes = [0u8; PAGE];
-        for (b, w) in bytes.chunks_exact_mut(8).zip(words) {
-            b.copy_from_slice(&w.to_le_bytes());
-        }
+    fn write(&mut self, words: &[u64; ENTRIES], height: u32) -> Result<PageRef, StoreError> {
+        let bytes = bytes_of(words);
         let page = self.free.take();
         let image = self.image;
         let at = u64::from(page) * PAGE_U64;
         self.shared.with_reserve(crate::image::Space::Control, || {
             self.file.write_at(&bytes, at).during(|| format!("writing the map of image {image}"))
         })?;
+        if height > 1 {
+            // Few, and much hangs on each. A leaf gets its second copy from the scrub, and until then can
+            // be made again from the log.
+            let copy = self.shared.files.map_copy(image)?;
+            self.shared.with_reserve(crate::image::Space::Control, || {
+                copy.write_at(&bytes, at).during(|| format!("writing the map of image {image}"))
+            })?;
+        }
         self.shared.pages.put(image, page, Arc::new(*words));
         Ok(PageRef::to(page, crc32c::crc32c(&bytes)))
     }
@@ -318,6 +401,6 @@ impl Merge<'_> {
         if words[0] <= 1 && words.iter().all(|w| *w == words[0]) {
             return Ok(PageRef(words[0]));
         }
-        self.write(&words)
+        self.write(&words, height)
     }
 }

@@ -1,0 +1,269 @@
+//! A flipped byte at every structure of every file: found, repaired, counted, and never content.
+//! `VMFS_SEEDS=from..to` runs other seeds.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{IMAGE, Model, Rig, block, open, small};
+use vmfs_common::hash::block_digest;
+use vmfs_common::{BlockIndex, Seq};
+use vmfs_store::simdisk::SimDisk;
+use vmfs_store::{BadPayload, ImageStore, Store, StoreConfig, StoreError};
+
+const META: [u8; 5000] = [5; 5000];
+
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 20
+    }
+}
+
+/// A store with every structure in use: several segments, both checkpoints, a map of two levels, a fork.
+fn rig() -> Rig {
+    let mut rig = Rig::new();
+    for i in 0..90u64 {
+        rig.write((i * 13) % 690, &[i + 1, 0, i + 2]);
+        if i % 9 == 0 {
+            rig.image.set_commit(rig.image.sync().unwrap().seq);
+        }
+        if i % 40 == 39 {
+            rig.image.checkpoint().unwrap();
+        }
+    }
+    let u = rig.maker.zero(100, 30, Seq::ZERO);
+    common::append(&rig.image, &u, &[]).unwrap();
+    rig.model.push(&u, &[], |m| m[100..130].fill(0));
+    rig.write(7, &[1000]);
+    rig.store.put_meta(IMAGE, &META).unwrap();
+    rig.image.sync().unwrap();
+    rig.image.checkpoint().unwrap();
+    rig
+}
+
+/// What another copy of the image would give.
+fn other_copy(model: &Model, bad: &BadPayload) -> Vec<u8> {
+    let now = &model.history.last().unwrap().1;
+    let shown = bad.block.map(|b| block(b.0, now[b.0 as usize]));
+    let logged = bad.update.and_then(|seq| {
+        let (_, payload) = model.updates[seq.0 as usize].as_ref().unwrap();
+        payload.chunks_exact(4096).map(<[u8]>::to_vec).find(|b| block_digest(b) == bad.digest)
+    });
+    shown.filter(|b| block_digest(b) == bad.digest).or(logged).expect("the model has every payload")
+}
+
+/// One whole scrub, in small steps; payload is repaired from the model. Returns what it found.
+fn scrub(store: &Store, image: &Arc<ImageStore>, model: &Model) -> u64 {
+    let before = image.rot().found + store.rot().found;
+    store.scrub_shared().unwrap();
+    let mut scrub = image.begin_scrub();
+    for step in 0.. {
+        assert!(step < 10_000, "the scrub does not end");
+        let progress = scrub.step(20_000).unwrap();
+        assert!(progress.done_bytes <= progress.total_bytes);
+        for bad in scrub.take_bad() {
+            let right = other_copy(model, &bad);
+            let mut wrong = right.clone();
+            wrong[9] ^= 1;
+            assert!(matches!(image.repair(&bad, &wrong), Err(StoreError::DigestMismatch)));
+            assert!(image.repair(&bad, &right).unwrap());
+            image.note_repair(&bad.name(), "from the model");
+        }
+        if progress.finished {
+            break;
+        }
+    }
+    image.rot().found + store.rot().found - before
+}
+
+/// The rule: after one scrub everything is there, in two copies, and nothing is left to be found.
+fn assert_whole(disk: &SimDisk, store: &Store, image: &Arc<ImageStore>, model: &Model, what: &str) -> u64 {
+    let found = scrub(store, image, model);
+    for rot in [image.rot(), store.rot()] {
+        assert_eq!((rot.found, rot.open.len()), (rot.repaired, 0), "{what}: {rot:?}");
+    }
+    assert_eq!(image.head(), model.head(), "{what}");
+    model.check(image);
+    assert_eq!(**store.get_meta(IMAGE).unwrap(), META, "{what}");
+    let again = open(&disk.kill(), small()).unwrap();
+    let image = again.image(IMAGE).unwrap();
+    assert_eq!(image.head(), model.head(), "{what}, opened again");
+    model.check(&image);
+    assert_eq!(scrub(&again, &image, model), 0, "{what}, opened again: {:?}", image.rot());
+    assert_eq!(again.rot().found, 0, "{what}, opened again");
+    found
+}
+
+/// Whether a byte of this page is in use and not covered by chance.
+fn must_be_found(name: &str, page: u64) -> bool {
+    match name {
+        "store" => page < 4,
+        // The second page is padding in part.
+        "meta" => page == 0,
+        _ => name.starts_with("map/") && !name.ends_with(".copy") && page < 2,
+    }
+}
+
+fn every_page(clean: &SimDisk, seed: u64, mut f: impl FnMut(&SimDisk, &str, u64)) {
+    let mut rng = Rng(seed);
+    for (name, len) in clean.files() {
+        for page in (0..len / 4096).filter(|_| name != "reserve") {
+            let disk = clean.kill();
+            let offset = page * 4096 + rng.next() % 4096;
+            if disk.flip_bit(&name, offset, rng.next() as u32) {
+                f(&disk, &name, offset);
+            }
+        }
+    }
+}
+
+fn seeds() -> std::ops::Range<u64> {
+    let given = std::env::var("VMFS_SEEDS").ok();
+    given.map_or(1..2, |s| {
+        let (a, b) = s.split_once("..").unwrap();
+        a.parse().unwrap()..b.parse().unwrap()
+    })
+}
+
+#[test]
+fn one_flipped_bit_of_a_closed_store_is_found_repaired_and_counted() {
+    let rig = rig();
+    let (mut found, mut harmless) = (0, 0);
+    for seed in seeds() {
+        every_page(&rig.disk, seed, |disk, name, offset| {
+            let what = format!("seed {seed}, {name} at {offset}");
+            let store = open(disk, small()).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let image = store.image(IMAGE).unwrap_or_else(|| panic!("{what}: {:?}", store.damaged()));
+            store.background(0).unwrap();
+            let at_open = image.rot().found + store.rot().found;
+            let n = at_open + assert_whole(disk, &store, &image, &rig.model, &what);
+            assert!(n > 0 || !must_be_found(name, offset / 4096), "{what}: not noticed");
+            if n > 0 { found += 1 } else { harmless += 1 }
+        });
+    }
+    println!("{found} found, {harmless} harmless");
+    assert!(found > 200, "{found}");
+}
+
+#[test]
+fn one_flipped_bit_under_a_running_store_is_found_repaired_and_counted() {
+    let rig = rig();
+    let (mut found, mut harmless) = (0, 0);
+    for (name, len) in rig.disk.files() {
+        let mut rng = Rng(len + 17);
+        for page in (0..len / 4096).filter(|_| name != "reserve") {
+            let offset = page * 4096 + rng.next() % 4096;
+            if !rig.disk.flip_bit(&name, offset, rng.next() as u32) {
+                continue;
+            }
+            let what = format!("{name} at {offset}");
+            let n = assert_whole(&rig.disk, &rig.store, &rig.image, &rig.model, &what);
+            if n > 0 { found += 1 } else { harmless += 1 }
+        }
+    }
+    println!("{found} found, {harmless} harmless");
+    assert!(found > 80, "{found}");
+}
+
+/// No scrub has made second copies yet, and the page is not in memory: what the log says is enough.
+#[test]
+fn a_damaged_map_page_is_made_again_from_the_log_by_the_read_that_meets_it() {
+    let rig = rig();
+    let (mut rebuilt, mut reads) = (0, 0);
+    every_page(&rig.disk, 5, |disk, name, offset| {
+        if !name.starts_with("map/") {
+            return;
+        }
+        let store = open(disk, small()).unwrap();
+        let image = store.image(IMAGE).unwrap();
+        rig.model.check(&image);
+        store.background(0).unwrap();
+        reads += 1;
+        let rot = image.rot();
+        assert_eq!((rot.found, rot.open.len()), (rot.repaired, 0), "{name} at {offset}: {rot:?}");
+        rebuilt += rot.repaired;
+    });
+    // Both leaves and the root of the newest map.
+    assert!(rebuilt >= 3, "{rebuilt} of {reads}");
+}
+
+/// The log is trimmed, discards and all: the second copy that a scrub made is what is left.
+#[test]
+fn a_damaged_map_page_whose_log_is_gone_comes_from_the_second_copy() {
+    let cfg = StoreConfig { retain_log_bytes_max: 0, ..small() };
+    let mut rig = Rig::with(SimDisk::new(1 << 30), cfg);
+    for i in 0..40 {
+        rig.write(i, &[i + 1]);
+    }
+    // The discard lies among updates of which nothing is left.
+    for i in 0..400u64 {
+        if i == 60 {
+            let u = rig.maker.zero(10, 20, Seq::ZERO);
+            common::append(&rig.image, &u, &[]).unwrap();
+            rig.model.push(&u, &[], |m| m[10..30].fill(0));
+        }
+        rig.write(600 + i % 10, &[i + 1]);
+        if i % 20 == 0 {
+            rig.image.set_commit(rig.image.sync().unwrap().seq);
+            rig.image.retain_from(rig.image.head().seq);
+            rig.image.checkpoint().unwrap();
+        }
+    }
+    rig.image.sync().unwrap();
+    for _ in 0..2 {
+        rig.write(1, &[77]);
+        rig.image.set_commit(rig.image.sync().unwrap().seq);
+        rig.image.checkpoint().unwrap();
+    }
+    assert!(rig.image.log_start() > Seq(100), "{}", rig.image.log_start());
+    let unscrubbed = rig.disk.kill();
+    assert_eq!(scrub(&rig.store, &rig.image, &rig.model), 0);
+    let (mut from_copy, mut lost) = (0, 0);
+    for (clean, scrubbed) in [(rig.disk.kill(), true), (unscrubbed, false)] {
+        every_page(&clean, 3, |disk, name, offset| {
+            if !name.starts_with("map/") || name.ends_with(".copy") {
+                return;
+            }
+            let store = open(disk, small()).unwrap();
+            let image = store.image(IMAGE).unwrap();
+            let read = image.read(BlockIndex(0), &mut vec![0u8; 700 * 4096]);
+            if scrubbed {
+                read.unwrap_or_else(|e| panic!("{name} at {offset}: {e}"));
+                rig.model.check(&image);
+                from_copy += image.rot().repaired;
+            } else if let Err(e) = read {
+                // Said, never guessed.
+                assert!(matches!(e, StoreError::BadMapPage { .. }), "{e}");
+                assert!(!image.rot().open.is_empty());
+                lost += 1;
+            } else {
+                rig.model.check(&image);
+            }
+        });
+    }
+    assert!(from_copy > 0 && lost > 0, "{from_copy} {lost}");
+}
+
+#[test]
+fn a_lost_generation_limit_never_brings_an_older_one_back() {
+    for page in [2u64, 3] {
+        let mut rig = rig();
+        for round in 0..3 {
+            let disk = rig.disk.kill();
+            assert!(disk.flip_bit("store", page * 4096 + 9, 1));
+            rig.reopen(disk);
+            assert_eq!(rig.store.rot().repaired, 1);
+            // Would be overlooked by the next recovery if its segment had a number from before.
+            rig.write(3, &[50 + round]);
+            rig.image.sync().unwrap();
+            rig.reopen(rig.disk.kill());
+            assert_eq!(rig.image.head(), rig.model.head());
+            rig.model.check(&rig.image);
+        }
+    }
+}
