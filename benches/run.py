@@ -20,7 +20,7 @@ O_DIRECT, --time_based. Before each measurement the page cache is dropped, and (
 be quiet; a measurement during which other processes used more than a quarter of a core is marked noisy and repeated, up
 to --tries times. After each one ours waits until all replicas have everything; that CPU is accounted too.
 
-Needs root, /dev/fuse, fio, and free disk space of about 25 images. Builds the release binary unless VMFS_BIN names
+Needs root, /dev/fuse, fio, and free disk space of about 28 images (56 GiB; --size 1024 halves that). Builds the release binary unless VMFS_BIN names
 one. Everything it makes is in one scratch directory; at the end, also after a failure or Ctrl-C, it takes down what
 it brought up. A second Ctrl-C does not interrupt that.
 """
@@ -34,7 +34,7 @@ import time
 from benchlib import docs, report
 from benchlib.host import (ROOT, Account, Failure, drop_caches, fio, latency, machine, say, scratch, wait_quiet)
 from benchlib.plot import number
-from benchlib.setups import (DEFAULT_TARGETS, TITLES, Peers, bring_up, make, vmfs_binary, without_namespace)
+from benchlib.setups import (COPIES, DEFAULT_TARGETS, TITLES, Peers, bring_up, make, vmfs_binary, without_namespace)
 
 # name -> (what is reported, images written at once, fio's options)
 WORKLOADS = {
@@ -53,8 +53,13 @@ FILL = ["--rw=write", "--bs=1M", "--iodepth=8", "--refill_buffers", "--end_fsync
 
 
 def paths_of(target, workload, size_mib):
+    return [target.image] if WORKLOADS[workload][1] == 1 else target.images(WORKLOADS[workload][1], size_mib)
+
+
+def size_of(args, workload):
+    """MiB of each image: the eight are together a quarter of the one."""
     count = WORKLOADS[workload][1]
-    return [target.image] if count == 1 else target.images(count, size_mib // count)
+    return args.size if count == 1 else args.size // 4 // count
 
 
 def figures(job, account, unit, settle_s):
@@ -85,9 +90,8 @@ def measure(args, work, target, name, paths, options, quiet=True):
 
 def measured(args, work, name, target, target_name, rep, keep):
     """Measures and keeps a row; again while it is noisy. A failure is a row too: the others go on."""
-    paths = paths_of(target, name, args.size)
-    size = args.size // len(paths)
-    options = [*WORKLOADS[name][2], f"--size={size}M", "--time_based", f"--runtime={args.runtime}"]
+    paths = paths_of(target, name, size_of(args, name))
+    options = [*WORKLOADS[name][2], f"--size={size_of(args, name)}M", "--time_based", f"--runtime={args.runtime}"]
     for attempt in range(args.tries):
         row = {"target": target_name, "workload": name, "rep": rep, "time": time.time()}
         try:
@@ -108,9 +112,9 @@ def fill(args, work, target, target_name, keep):
     options = [*FILL, f"--size={args.size}M"]
     keep({**row, **measure(args, work, target, "fill", [target.image], options, quiet=False)})
     for name in args.workloads:
-        paths = paths_of(target, name, args.size)
+        paths = paths_of(target, name, size_of(args, name))
         if len(paths) > 1:
-            fio(work, paths, [*FILL, f"--size={args.size // len(paths)}M"])
+            fio(work, paths, [*FILL, f"--size={size_of(args, name)}M"])
             target.settle(paths)
 
 
@@ -136,7 +140,9 @@ def run_all(args, rows, missing):
         peers = Peers(args.peers, args.tools, work, args.size)
         names, absent = select(args, peers)
         missing.update(absent)
-        need = args.size * (2 * len(names) + 6) << 20
+        # Each copy of the big image and the eight, and what the log of ours keeps beside them.
+        copies = sum(int(n) + 1 if n.isdigit() else COPIES.get(n, 1) for n in names)
+        need = (args.size * 5 // 4 * copies + 1024 * sum(int(n) + 1 for n in names if n.isdigit())) << 20
         if shutil.disk_usage(work).free < need:
             raise Failure(f"{work} has {shutil.disk_usage(work).free >> 30} GiB free; this run needs about {need >> 30} "
                           "(--size, --targets, --dir)")

@@ -14,11 +14,12 @@ catchup   Three hosts. A guest writes 4 KiB + fdatasync, 200 a second at most, b
           while it was away and until it was in sync, by the time that took; compared with the rate at which the same
           cluster takes a sequential write to the end (last replica in sync). Latency: the guest's 99th percentile
           in that time against that with all replicas in sync just before.
-start     Hosts with 100 images of 100 GiB, each with --updates random writes since. SIGKILL, start; time until the
-          mount answers, and until a write with fsync has succeeded on the first and on all images. On one host
-          alone; with three hosts of which the owner is killed; and with all three killed and started at once.
-memory    Two hosts, 100 idle images of 100 GiB: resident memory. Then four fio jobs at full rate on four of them
-          (sequential, random, mixed, with fdatasync): peak.
+start     Hosts with 100 images of 100 GiB; --updates random writes to each, then SIGKILL and start, with a cold page
+          cache; time until the mount answers, and until a write with fsync has succeeded on the first and on all
+          images. On one host alone; with three hosts of which the owner is killed; and with all three killed and
+          started at once. Needs about 20 GiB of disk.
+memory    Two hosts, 100 idle images of 100 GiB: resident memory. Then 16 fio jobs at full rate on 16 of them (four
+          each of sequential, random, mixed, with fdatasync): peak. Then, idle again for 10 s: resident memory.
 
 Needs root, /dev/fuse, fio. Builds the release binary unless VMFS_BIN names one. All in one scratch directory, gone at
 the end, also after a failure or Ctrl-C.
@@ -284,17 +285,22 @@ def catchup_rows(r):
 
 # ---- start ---------------------------------------------------------------------------------------------------
 
-def fill_images(cluster, count, updates):
-    """Sparse images of 100 GiB; `updates` random writes each, the last ones not checkpointed."""
-    for i in range(count):
-        path = cluster.path(f"vm-{i:03}.img")
+def image_paths(cluster, count):
+    return [cluster.path(f"vm-{i:03}.img") for i in range(count)]
+
+
+def make_images(cluster, count):
+    for path in image_paths(cluster, count):
         sparse_image(path, 100, 8)
-        with open(path, "r+b", buffering=0) as f:
-            for _ in range(updates):
-                os.pwrite(f.fileno(), os.urandom(4096), random.randrange(100 * GIB // 4096) * 4096)
-            os.fsync(f.fileno())
-    for i in range(count):
-        cluster.wait_in_sync(f"vm-{i:03}.img")
+    cluster.settle(image_paths(cluster, count))
+
+
+def update_images(bench, cluster, count, updates):
+    """So many random 4 KiB writes to each, all images at once, and a flush of each: what a start has to read again."""
+    paths = image_paths(cluster, count)
+    fio(bench.work, paths, ["--rw=randwrite", "--bs=4k", "--iodepth=4", "--size=100G", f"--number_ios={updates}",
+                            "--end_fsync=1", "--thread"])
+    cluster.settle(paths)
 
 
 def mounted(cluster, host, count):
@@ -319,16 +325,16 @@ def start_once(cluster, count, killed):
 def start(bench):
     count, updates = (20, 100) if bench.args.quick else (100, bench.args.updates)
     out = {}
-    for name, host_count, killed in (("one host", 1, "a"), ("owner of three hosts", 3, "a"), ("all three hosts", 3, "abc")):
-        out[name] = []
-        with bench.cluster(host_count, f"start-{host_count}-{len(killed)}") as cluster:
-            fill_images(cluster, count, updates)
+    for host_count, ways in ((1, {"one host": "a"}), (3, {"owner of three hosts": "a", "all three hosts": "abc"})):
+        with bench.cluster(host_count, f"start-{host_count}") as cluster:
+            make_images(cluster, count)
             for _ in range(bench.args.reps):
-                row = start_once(cluster, count, killed)
-                out[name].append({**row, "images": count})
-                say(f"start, {name}: {json.dumps(row)}")
-                for i in range(count):
-                    cluster.wait_in_sync(f"vm-{i:03}.img")
+                for name, killed in ways.items():
+                    update_images(bench, cluster, count, updates)
+                    row = start_once(cluster, count, killed)
+                    out.setdefault(name, []).append({**row, "images": count})
+                    say(f"start, {name}: {json.dumps(row)}")
+                    cluster.settle(image_paths(cluster, count))
     return out
 
 
@@ -344,18 +350,21 @@ def start_rows(found):
 def memory(bench):
     count, seconds = (20, 5) if bench.args.quick else (100, 30)
     with bench.cluster(2, "memory") as cluster:
-        fill_images(cluster, count, 16)
+        make_images(cluster, count)
         time.sleep(5)
         idle = {role: memory_mib(pid, "VmRSS") for pid, role in cluster.daemons().items()}
         for pid in cluster.pids():
             reset_peak(pid)
         common = ["--size=1G", "--time_based", f"--runtime={seconds}"]
-        jobs = (["--rw=write", "--bs=1M", "--iodepth=8"], ["--rw=randwrite", "--bs=4k", "--iodepth=32"],
-                ["--rw=randrw", "--bs=8k", "--iodepth=16"], ["--rw=randwrite", "--bs=4k", "--iodepth=4", "--fdatasync=1"])
+        jobs = [["--rw=write", "--bs=1M", "--iodepth=8"], ["--rw=randwrite", "--bs=4k", "--iodepth=32"],
+                ["--rw=randrw", "--bs=8k", "--iodepth=16"], ["--rw=randwrite", "--bs=4k", "--iodepth=4", "--fdatasync=1"]] * 4
         with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
             list(pool.map(lambda k: fio(bench.work, [cluster.path(f"vm-{k:03}.img")], [*jobs[k], *common]), range(len(jobs))))
+        cluster.settle(image_paths(cluster, len(jobs)))
         peak = {role: memory_mib(pid, "VmHWM") for pid, role in cluster.daemons().items()}
-    row = {"images": count, "idle": idle, "peak": peak}
+        time.sleep(10)
+        after = {role: memory_mib(pid, "VmRSS") for pid, role in cluster.daemons().items()}
+    row = {"images": count, "idle": idle, "peak": peak, "after": after}
     say(f"memory: {json.dumps(row)}")
     return row
 
@@ -363,7 +372,8 @@ def memory(bench):
 def memory_rows(r):
     rows = []
     for what, limit, key in ((f"memory, {r['images']} idle images of 100 GiB", 200, "idle"),
-                             ("memory at full load, four images at once", 512, "peak")):
+                             ("memory at full load, 16 images at once", 512, "peak"),
+                             ("memory 10 s after that load", 200, "after")):
         worst = max(r[key].values())
         rows.append([what, f"under {limit} MiB", ", ".join(f"{role} {mib:.0f} MiB" for role, mib in r[key].items()), "",
                      verdict(worst, limit, least=False)])

@@ -19,6 +19,7 @@ TITLES = {
     "qsd-fuse": "QEMU FUSE export, no replica", "qsd-fuse-pc": "the same, page cache below",
     "gluster2-tls": "GlusterFS replica 2 + TLS", "gluster3-tls": "GlusterFS replica 3 + TLS",
 }
+COPIES = {name: 3 if "3" in name else 1 if name.startswith("qsd-fuse") else 2 for name in PEERS + PEERS_MORE}
 DEFAULT_TARGETS = ("plain", "fuse-hp", "0", "1", "2", *PEERS)
 
 
