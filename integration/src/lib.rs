@@ -5,4 +5,5 @@
 //! crate (they are beside their code) and anything that ships.
 
 pub mod harness;
+pub mod power;
 pub mod sim;

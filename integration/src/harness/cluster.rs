@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::bytes;
 use super::command::{Ran, try_run, try_run_within};
+use super::lan::Lan;
 use super::network::Network;
 use super::reaper::Reaper;
 use super::status::{ImageStatus, Status};
@@ -91,6 +92,7 @@ pub struct Cluster {
     witnesses: Vec<String>,
     launches: BTreeMap<String, Launch>,
     network: Option<Network>,
+    lan: Option<Lan>,
     launcher: Vec<String>,
     // Last: everything above must be idle when it cleans up.
     reaper: Reaper,
@@ -132,7 +134,23 @@ impl Cluster {
         let launcher = network.as_ref().map(Network::launcher).unwrap_or_default();
         let owned = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect();
         let (hosts, witnesses) = (owned(hosts), owned(witnesses));
-        Self { dir, hosts, witnesses, launches: BTreeMap::new(), network, launcher, reaper }
+        Self { dir, hosts, witnesses, launches: BTreeMap::new(), network, lan: None, launcher, reaper }
+    }
+
+    /// `vmfs up` with `host_count` hosts, which then move to network namespaces of their own ([`Self::lan`]).
+    #[must_use]
+    pub fn start_on_lan(name: &str, host_count: usize) -> Self {
+        let mut cluster = Self::start_with(name, host_count, false);
+        cluster.down();
+        let lan = Lan::new(&mut cluster.reaper, &cluster.hosts);
+        for host in &cluster.hosts {
+            move_config(&cluster.config(host), host, &cluster.hosts, &lan);
+        }
+        cluster.lan = Some(lan);
+        for host in cluster.hosts.clone() {
+            cluster.run_daemon(&host, "vmfs-fuse");
+        }
+        cluster
     }
 
     /// Starts `program` (`vmfs-fuse` or `vmfs-replica`) for `host` as a service manager does, and waits until
@@ -199,6 +217,13 @@ impl Cluster {
         &self.dir
     }
 
+    /// What `host`'s daemon has logged since the harness started it (not `vmfs up`).
+    #[must_use]
+    pub fn log(&self, host: &str) -> String {
+        let path = self.reaper.dir().join(format!("{host}-restarted.log"));
+        std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    }
+
     /// A scratch directory beside the cluster, gone with it.
     #[must_use]
     pub fn scratch(&self) -> PathBuf {
@@ -222,6 +247,12 @@ impl Cluster {
     #[must_use]
     pub fn network(&self) -> &Network {
         self.network.as_ref().expect("this cluster was started in its own network")
+    }
+
+    /// The network of [`Self::start_on_lan`].
+    #[must_use]
+    pub fn lan(&mut self) -> &mut Lan {
+        self.lan.as_mut().expect("this cluster was started on a network of its own")
     }
 
     /// Where `host`'s mount is.
@@ -334,7 +365,8 @@ impl Cluster {
             .create(true)
             .open(self.reaper.dir().join(format!("{host}-restarted.log")))
             .expect("the scratch directory is ours");
-        let mut command = if let Some((program, words)) = self.launcher.split_first() {
+        let launcher = self.lan.as_ref().map_or_else(|| self.launcher.clone(), |lan| lan.launcher(host));
+        let mut command = if let Some((program, words)) = launcher.split_first() {
             // The launcher cannot choose argv[0], bash can.
             let mut c = Command::new(program);
             c.args(words).args(["bash", "-c", "exec -a \"$1\" \"$0\" \"${@:2}\""]).arg(&launch.program);
@@ -392,6 +424,19 @@ impl Drop for Cluster {
             show_logs(self.reaper.dir());
         }
     }
+}
+
+/// Has the host listen where the network has it, and look for the others there.
+fn move_config(path: &Path, host: &str, hosts: &[String], lan: &Lan) {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let mut config: toml::Table = toml::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let network = config.get_mut("network").and_then(toml::Value::as_table_mut);
+    network.expect("`vmfs up` says where to listen").insert("listen".into(), lan.listen(host).into());
+    let others = hosts.iter().filter(|h| *h != host);
+    let peers: toml::Table = others.map(|h| (h.clone(), lan.listen(h).into())).collect();
+    config.insert("peers".into(), peers.into());
+    let text = toml::to_string(&config).expect("what was read can be written");
+    std::fs::write(path, text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
 }
 
 fn path_text(path: &Path) -> String {
