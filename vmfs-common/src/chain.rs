@@ -232,6 +232,7 @@ impl Draft {
 
 /// The owner's end of the chain: makes updates. Lives only in the owner's memory; a restart is an
 /// election with a new secret.
+#[cfg_attr(feature = "testing", derive(Clone))]
 #[derive(Debug)]
 pub struct OwnerChain {
     secret: EpochSecret,

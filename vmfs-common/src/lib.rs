@@ -20,6 +20,8 @@ pub mod msg;
 pub mod op;
 pub mod policy;
 pub mod state;
+#[cfg(feature = "testing")]
+pub mod weaken;
 
 pub use ids::{
     BLOCK_BYTES, BLOCK_BYTES_U64, BlockCount, BlockIndex, DatastoreId, Digest, Epoch, Head, HostId, ImageId,

@@ -209,3 +209,26 @@ fn a_certificate_needs_a_quorum_of_honest_votes_for_the_highest_head() {
     let top = head(5, 2, 1, 3);
     assert_eq!(verify_votes(&p, &ahead, &top, &list), Err(CertificateError::OldBallot));
 }
+
+#[test]
+fn more_than_half_of_the_members_are_a_quorum() {
+    for (n, quorum) in [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3), (6, 4)] {
+        assert_eq!(members(n).quorum(), quorum, "of {n}");
+    }
+}
+
+#[test]
+fn no_epoch_begins_on_top_of_one_as_high_not_even_a_forced_one() {
+    let list = members(3);
+    let secret = EpochSecret::from_bytes([8; 32]);
+    let proposal = proposal(&secret, Epoch { number: 5, host: key(2).public().host_id() }, &list);
+    let mandate = Mandate::Forced(list.clone());
+    let start = EpochStart { proposal, mandate, published: None, signature: Signature([0; 64]) };
+    let verified = |parent: &Head| {
+        let start = start.clone().signed(Seq(10), &parent.digest, &key(2));
+        start.verify(Seq(10), parent, &list)
+    };
+    assert_eq!(verified(&head(4, 3, 9, 1)), Ok(()));
+    assert_eq!(verified(&head(5, 2, 9, 1)), Err(CertificateError::OldBallot));
+    assert_eq!(verified(&head(6, 1, 9, 1)), Err(CertificateError::OldBallot));
+}

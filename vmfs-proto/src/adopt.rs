@@ -23,23 +23,25 @@ const SUFFIX_MAX: usize = 1 << 20;
 
 /// Headers are hashed forward before anything is cut or appended: a voter that lies about its head
 /// changes nothing here.
+#[cfg_attr(any(test, feature = "testing"), derive(Clone))]
 #[derive(Debug)]
 pub(crate) struct Vouching {
-    source: HostId,
-    upto: Head,
+    pub(crate) source: HostId,
+    pub(crate) upto: Head,
     /// The common ancestor, once the voter has named it.
-    base: Option<Head>,
-    last: (Seq, Digest),
-    digests: VecDeque<Digest>,
+    pub(crate) base: Option<Head>,
+    pub(crate) last: (Seq, Digest),
+    pub(crate) digests: VecDeque<Digest>,
     pub(crate) since: Millis,
 }
 
 /// Exactly these updates are taken from the voter.
+#[cfg_attr(any(test, feature = "testing"), derive(Clone))]
 #[derive(Debug)]
 pub(crate) struct Fetching {
-    source: HostId,
-    base: Head,
-    digests: VecDeque<Digest>,
+    pub(crate) source: HostId,
+    pub(crate) base: Head,
+    pub(crate) digests: VecDeque<Digest>,
     pub(crate) since: Millis,
 }
 

@@ -16,6 +16,7 @@ use crate::machine::{Machine, RoleState, op_done, send};
 use crate::ops::{Answer, OpError};
 
 /// Where a candidacy stands.
+#[cfg_attr(any(test, feature = "testing"), derive(Clone))]
 #[derive(Debug)]
 pub(crate) enum Stage {
     /// Waiting to bid (again).
@@ -31,6 +32,7 @@ pub(crate) enum Stage {
 }
 
 /// A host that wants to own the image.
+#[cfg_attr(any(test, feature = "testing"), derive(Clone))]
 #[derive(Debug)]
 pub(crate) struct Candidate {
     pub(crate) occasion: Occasion,
@@ -58,7 +60,7 @@ pub(crate) struct Candidate {
     pub(crate) outbid_by: Epoch,
     pub(crate) attempts: u32,
     pub(crate) ask_again_at: Millis,
-    asked: u32,
+    pub(crate) asked: u32,
     /// There has been a quorum of votes for this ballot.
     pub(crate) quorum_seen: bool,
     /// Until when the votes of other connected members are waited for.

@@ -15,15 +15,16 @@ use crate::follower::Following;
 use crate::machine::{Machine, RoleState, send};
 
 /// The walk along the offered chain.
+#[cfg_attr(any(test, feature = "testing"), derive(Clone))]
 #[derive(Debug)]
 pub(crate) struct Walk {
     /// What is to be certified.
-    offered: Following,
+    pub(crate) offered: Following,
     /// The last update walked over; none before the common ancestor is known.
-    last: Option<Head>,
+    pub(crate) last: Option<Head>,
     /// Lists that may be in force at `last`. A copy's tail beyond the common ancestor was never
     /// committed, so it has at most one change of members: two lists to begin with.
-    lists: Vec<MemberList>,
+    pub(crate) lists: Vec<MemberList>,
 }
 
 impl Walk {

@@ -28,7 +28,7 @@ pub(crate) struct Following {
 }
 
 /// Block-level sync.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) enum BlockSync {
     /// None.
     #[default]

@@ -23,6 +23,7 @@ use crate::owner::handover::HandoverOp;
 use crate::voter::Promise;
 
 /// What this host is to the image at the moment.
+#[cfg_attr(any(test, feature = "testing"), derive(Clone))]
 #[derive(Debug)]
 pub(crate) enum RoleState {
     /// Holds a copy; follows whoever owns the image.
@@ -45,7 +46,7 @@ pub(crate) struct Waiting {
 }
 
 /// The one local sync that may be under way.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct SyncState {
     pub(crate) in_flight: bool,
     /// More was appended or asked for since it began.
@@ -55,6 +56,7 @@ pub(crate) struct SyncState {
 }
 
 /// One image on one host. See [`crate::api`] for the contract with the engine.
+#[cfg_attr(any(test, feature = "testing"), derive(Clone))]
 #[derive(Debug)]
 pub struct Machine {
     pub(crate) id: Arc<Identity>,
@@ -78,7 +80,7 @@ pub struct Machine {
     pub(crate) rebid_after: Millis,
     pub(crate) rebids: u32,
     /// When to bid as the owner of the last epoch in the chain, if nobody owns a later one by then.
-    reclaim_at: Option<Millis>,
+    pub(crate) reclaim_at: Option<Millis>,
     pub(crate) promise: Option<Promise>,
     pub(crate) sync: SyncState,
     /// The owner waits for acknowledgements: of the lowest and the highest of these.
@@ -94,7 +96,7 @@ pub struct Machine {
     pub(crate) block_sync: BlockSync,
     /// When the owner was last heard, for loss statements.
     pub(crate) owner_heard_ns: u64,
-    last_gates: Option<(Gate, Gate)>,
+    pub(crate) last_gates: Option<(Gate, Gate)>,
 }
 
 impl Machine {

@@ -15,13 +15,14 @@ use crate::machine::{Machine, RoleState, send};
 /// record with the promise and the vote, and only then the vote is sent. From the moment it exists,
 /// updates of lower epochs are refused and nothing of them is acknowledged, so no append and no
 /// acknowledgement can slip in between.
+#[cfg_attr(any(test, feature = "testing"), derive(Clone))]
 #[derive(Debug)]
 pub(crate) struct Promise {
     /// Who asked; this host for its own proposal.
     pub(crate) from: HostId,
     pub(crate) proposal: Proposal,
     /// The meta record that carries it, once written.
-    version: Option<u64>,
+    pub(crate) version: Option<u64>,
 }
 
 impl Machine {
@@ -188,7 +189,7 @@ impl Machine {
                     p.version = Some(version);
                 }
             }
-            Some(version) if self.meta_persisted >= version => {
+            Some(version) if self.is_persisted(version) => {
                 let from = p.from;
                 self.promise = None;
                 let vote = self.meta.vote.clone().expect("invariant: persisted with the promise");
@@ -200,6 +201,14 @@ impl Machine {
             }
             Some(_) => {}
         }
+    }
+
+    fn is_persisted(&self, version: u64) -> bool {
+        #[cfg(any(test, feature = "testing"))]
+        if vmfs_common::weaken::is(vmfs_common::weaken::Weakness::PromiseNotDurable) {
+            return true;
+        }
+        self.meta_persisted >= version
     }
 
     fn vote_for(&self, proposal: vmfs_common::Digest) -> Vote {

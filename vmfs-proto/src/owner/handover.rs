@@ -11,7 +11,7 @@ use crate::machine::{Machine, RoleState, op_done, send};
 use crate::ops::{OpError, OpOutcome};
 
 /// The operator's request, until it is answered; survives the loss of the owner role.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct HandoverOp {
     pub(crate) token: Token,
     pub(crate) to: HostId,
@@ -21,11 +21,11 @@ pub(crate) struct HandoverOp {
 }
 
 /// Writes wait.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Draining {
-    to: HostId,
+    pub(super) to: HostId,
     /// The successor has been told to propose.
-    told: bool,
+    pub(super) told: bool,
 }
 
 impl Machine {

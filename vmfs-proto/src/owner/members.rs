@@ -14,14 +14,14 @@ use crate::owner::stream::Link;
 
 /// What is to change.
 #[derive(Debug, Clone)]
-enum Kind {
+pub(super) enum Kind {
     Add(Member),
     Remove(HostId),
     Policy(ImagePolicy),
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Step {
+pub(super) enum Step {
     /// A new member is catching up.
     CatchingUp,
     /// The old rule is on its way to the disk, in this version of the meta record.
@@ -33,11 +33,11 @@ enum Step {
 }
 
 /// The one change under way.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Change {
     pub(crate) token: Token,
-    kind: Kind,
-    step: Step,
+    pub(super) kind: Kind,
+    pub(super) step: Step,
 }
 
 impl Machine {

@@ -5,6 +5,8 @@
 //! - [`members`]: changes of members and policy
 //! - [`handover`]: giving ownership to another host
 
+#[cfg(any(test, feature = "testing"))]
+mod fingerprint;
 pub(crate) mod flush;
 pub(crate) mod handover;
 pub(crate) mod members;
@@ -45,7 +47,7 @@ struct Recent {
 }
 
 /// How an election ended, to be told when its `EpochStart` is committed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Election {
     pub(crate) token: Option<Token>,
     pub(crate) give_up_at: Option<Millis>,
@@ -55,6 +57,7 @@ pub(crate) struct Election {
 }
 
 /// One tenure.
+#[cfg_attr(any(test, feature = "testing"), derive(Clone))]
 #[derive(Debug)]
 pub(crate) struct Owner {
     chain: OwnerChain,

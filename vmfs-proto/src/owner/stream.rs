@@ -8,9 +8,10 @@ use vmfs_common::policy::{Member, MemberRole};
 use crate::api::{Env, Event, Output, Timing};
 use crate::lineage::common;
 use crate::machine::{Machine, RoleState, send};
+use crate::owner::flush::old_epochs_count;
 
 /// What the owner knows of one member (or of one that is catching up before its admission).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Link {
     pub(crate) store: StoreId,
     pub(crate) role: MemberRole,
@@ -113,7 +114,7 @@ impl Machine {
         link.streaming = true;
         link.sent = after;
         // What it acknowledged before counts only as far as it still states it.
-        link.acked = link.acked.min(after);
+        link.acked = if old_epochs_count() { after } else { link.acked.min(after) };
         link.sync_asked = head.seq;
         link.waiting_since = Some(env.now);
         out.push(Output::Stream { to: from, after, headers_only });

@@ -5,6 +5,7 @@
 //! This is the engine's contract ([`crate::api`]) in its smallest form.
 
 mod execute;
+pub mod fingerprint;
 pub mod node;
 pub mod oracle;
 mod schedule;
