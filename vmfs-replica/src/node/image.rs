@@ -99,7 +99,7 @@ impl Image {
             bounced: Mutex::default(),
             missing: Mutex::default(),
             edges: RwLock::new(()),
-            ring: Mutex::new(Ring::new(node.ring_bytes_per_image)),
+            ring: Mutex::new(Ring::new(node.rings.clone())),
             lines: Mutex::default(),
             pending: Mutex::default(),
             wakes: Mutex::default(),
@@ -215,14 +215,16 @@ impl Image {
 
     pub(super) fn appended(&self, update: &Update, payload: Bytes) {
         self.head.store(update.header.seq.0, Ordering::Release);
-        if let Some(node) = self.node.upgrade() {
-            node.appended_bytes.fetch_add(payload.len() as u64, Ordering::Relaxed);
-        }
+        let Some(node) = self.node.upgrade() else { return };
+        node.appended_bytes.fetch_add(payload.len() as u64, Ordering::Relaxed);
         let lines = self.lines.lock();
         if lines.is_empty() {
             return;
         }
-        self.ring.lock().push(RingItem::new(update, payload));
+        // Only the owner's stream goes on with what is appended; what others may ask for is in the log.
+        if update.header.epoch.host == node.identity.host {
+            self.ring.lock().push(RingItem::new(update, payload));
+        }
         lines.values().for_each(|l| l.wake());
     }
     pub(super) fn head_moved_back(&self) {
