@@ -197,3 +197,24 @@ fn what_a_later_owner_sends_of_an_ended_epoch_gets_no_vote_before_it_is_vouched_
     c.op(1, |token| Input::Promote { force: false, token });
     assert_eq!(c.nodes[1].head(), before);
 }
+
+#[test]
+fn a_ballot_below_the_promised_one_gets_no_vote_even_with_the_same_number() {
+    let mut c = cluster(5, &[Replica; 3], STALL);
+    c.write_and_flush(0);
+    c.run(500);
+    assert!(identity(1).host < identity(2).host, "so that its ballots are the lower ones");
+    // Host 2 asks host 0 for epoch 2, and is gone.
+    let list = c.nodes[0].machine.as_ref().unwrap().state().members.clone();
+    let start = elected(&c, 2, 2, &list, c.nodes[2].head(), &[]);
+    let vmfs_common::op::Op::EpochStart(start) = start.header.op else { panic!("an EpochStart") };
+    let (proposal, head) = (start.proposal, c.nodes[2].head());
+    let occasion = vmfs_common::msg::Occasion::Operator;
+    say(&mut c, 2, 0, ImageMsg::Propose { proposal, occasion, head, consent: None, role: Replica });
+    c.crash(2);
+    let token = c.op(1, |token| Input::Promote { force: false, token });
+    let answer = c.answer(token);
+    c.run(3000);
+    let mut updates = c.nodes.iter().flat_map(|n| &n.log);
+    assert!(updates.all(|(u, _)| u.header.epoch.number != 2), "{answer:?}\n{}", c.describe());
+}

@@ -113,8 +113,9 @@ impl Oracle {
         match result {
             Ok(OpOutcome::HandedOver { .. }) => self.handed_over = true,
             Ok(OpOutcome::Done) => self.changed = true,
-            Ok(OpOutcome::Promoted { loss: Loss::Nothing, .. })
-                if self.acknowledged.iter().any(|(_, h)| !host.holds(h)) =>
+            // The answer may come after a later epoch has been served; it speaks of what was before its own.
+            Ok(OpOutcome::Promoted { epoch, loss: Loss::Nothing, .. })
+                if self.acknowledged.iter().any(|(by, h)| by < epoch && !host.holds(h)) =>
             {
                 self.is_wrong(NOTHING_MISSING);
             }
