@@ -10,6 +10,8 @@
 //!  28  zero, u32                         24  payload: tag u8, then changes
 //! ```
 //!
+//! The second copy of the file, `.copy` after its name, has the same bytes, or fewer.
+//!
 //! A file starts with a snapshot (records with tag `ROWS`), ended by one `COMPLETE` record;
 //! then comes one `TXN` record per transaction. The `durable` field tells a torn tail (to be
 //! cut) from damage in the middle (to be refused): a bad record below what a later, valid record

@@ -10,6 +10,9 @@
 //! things to do but as state to compare: a row whose image claims another path, or a buried
 //! image that is not unlinked, is redone at the start. Redoing is idempotent.
 //!
+//! Every file has a second copy beside it, byte for byte the same, which is written after it and not
+//! waited for: it is for damage at rest. A record that is bad in one is taken from the other.
+//!
 //! Durability: [`Catalog::append`] orders a transaction, [`Catalog::sync`] makes it durable;
 //! transactions that arrive together share one device flush. After a failed flush the catalog
 //! refuses everything (the kernel may have dropped the pages: retrying would lie).
@@ -28,7 +31,7 @@ use vmfs_store::disk::{Disk, DiskFile};
 pub use format::VERSION;
 pub use row::{Change, Kind, Meta, ROOT_INO, Row, Rows, XATTRS_MAX};
 
-use format::{HEADER_BYTES, Header, Tag, decode_header, decode_record, encode_header, encode_record};
+use format::{HEADER_BYTES, Header, Record, Tag, decode_header, decode_record, encode_header, encode_record};
 
 /// Directory of the catalog's files on the store's [`Disk`].
 pub const DIR: &str = "catalog";
@@ -77,6 +80,8 @@ pub struct Ticket(u64);
 
 struct Inner {
     file: Arc<dyn DiskFile>,
+    /// The second copy; none while it could not be written.
+    copy: Option<Arc<dyn DiskFile>>,
     generation: u64,
     /// Where the next record goes.
     end: u64,
@@ -88,6 +93,8 @@ struct Inner {
     snapshot_bytes: u64,
     rows: Rows,
     failed: bool,
+    /// Something was damaged and taken from the second copy.
+    mended: bool,
 }
 
 /// The catalog. See the module.
@@ -108,6 +115,11 @@ fn file_name(generation: u64) -> String {
     format!("{DIR}/{generation:016x}.cat")
 }
 
+/// The second copy of a generation's file.
+fn copy_name(generation: u64) -> String {
+    file_name(generation) + ".copy"
+}
+
 fn generation_of(name: &str) -> Option<u64> {
     let hex = name.strip_suffix(".cat").filter(|h| h.len() == 16)?;
     u64::from_str_radix(hex, 16).ok()
@@ -119,7 +131,8 @@ impl Catalog {
     /// # Errors
     /// Disk errors, damage, or another format version. A torn tail is not an error.
     pub fn open(disk: Arc<dyn Disk>, root: &Meta) -> Result<Self, CatalogError> {
-        let mut generations: Vec<u64> = disk.list(DIR)?.iter().filter_map(|n| generation_of(n)).collect();
+        let names = disk.list(DIR)?;
+        let mut generations: Vec<u64> = names.iter().filter_map(|n| generation_of(n)).collect();
         generations.sort_unstable();
         let mut inner = None;
         for (at, generation) in generations.iter().enumerate().rev() {
@@ -145,8 +158,45 @@ impl Catalog {
         for generation in generations.into_iter().filter(|g| *g != inner.generation) {
             disk.remove(&file_name(generation))?;
         }
+        for name in names {
+            let of = name.strip_suffix(".copy").and_then(generation_of);
+            if of.is_some_and(|g| g != inner.generation) {
+                disk.remove(&format!("{DIR}/{name}"))?;
+            }
+        }
         disk.sync_names(DIR)?;
         Ok(Self { disk, inner: Mutex::new(inner), flushing: Mutex::new(()) })
+    }
+
+    /// True when something of it was damaged and has been repaired since it was opened.
+    #[must_use]
+    pub fn was_mended(&self) -> bool {
+        self.inner.lock().mended
+    }
+
+    /// Reads both copies back. When they are not the same, everything is written anew, from memory. True when
+    /// that was necessary.
+    ///
+    /// # Errors
+    /// The disk's; the catalog stays usable unless [`CatalogError::Latched`].
+    pub fn scrub(&self) -> Result<bool, CatalogError> {
+        let mut inner = self.inner.lock();
+        if inner.failed {
+            return Err(CatalogError::Latched);
+        }
+        let mut copies = [Vec::new(), Vec::new()];
+        let files = [Some(&inner.file), inner.copy.as_ref()];
+        for (bytes, file) in copies.iter_mut().zip(files) {
+            let Some(file) = file else { continue };
+            *bytes = vec![0; usize::try_from(inner.end).map_err(io::Error::other)?];
+            file.read_at(bytes, 0)?;
+        }
+        if copies[0] == copies[1] {
+            return Ok(false);
+        }
+        self.compact(&mut inner)?;
+        inner.mended = true;
+        Ok(true)
     }
 
     /// A copy of everything it holds.
@@ -169,6 +219,10 @@ impl Catalog {
         let record = encode_record(inner.generation, seq, inner.durable.1, Tag::Txn, changes)
             .ok_or(CatalogError::TooLarge)?;
         inner.file.write_at(&record, inner.end)?;
+        if let Some(Err(error)) = inner.copy.as_ref().map(|c| c.write_at(&record, inner.end)) {
+            tracing::warn!(%error, "the catalog has no second copy until it is scrubbed");
+            inner.copy = None;
+        }
         inner.end += record.len() as u64;
         inner.seq = seq;
         for change in changes {
@@ -234,14 +288,16 @@ impl Catalog {
             Ok(new) => new,
             Err(error) => {
                 self.disk.remove(&file_name(old + 1))?;
+                self.disk.remove(&copy_name(old + 1))?;
                 self.disk.sync_names(DIR)?;
                 return Err(error);
             }
         };
-        *inner = new;
+        *inner = Inner { mended: inner.mended, ..new };
         // Before the first transaction goes into the new one: while both exist, the newer holds
         // nothing that the older does not, so that a damaged newer one may be passed over.
-        let gone = self.disk.remove(&file_name(old)).and_then(|()| self.disk.sync_names(DIR));
+        let gone = self.disk.remove(&file_name(old)).and_then(|()| self.disk.remove(&copy_name(old)));
+        let gone = gone.and_then(|()| self.disk.sync_names(DIR));
         if gone.is_err() {
             inner.failed = true;
         }
@@ -254,6 +310,7 @@ fn write_generation(disk: &dyn Disk, generation: u64, seq: u64, rows: Rows) -> R
     let file = disk.open(&file_name(generation), true)?;
     file.set_len(0)?;
     let mut bytes = encode_header(generation);
+    let mut whole = Vec::new();
     let mut end = 0;
     let changes: Vec<Change> = rows.changes().collect();
     for (tag, part) in changes.chunks(SNAPSHOT_ROWS).map(|p| (Tag::Rows, p)).chain([(Tag::Complete, &[][..])])
@@ -263,12 +320,84 @@ fn write_generation(disk: &dyn Disk, generation: u64, seq: u64, rows: Rows) -> R
         if bytes.len() >= 1 << 20 || tag == Tag::Complete {
             file.write_at(&bytes, end)?;
             end += bytes.len() as u64;
-            bytes.clear();
+            whole.append(&mut bytes);
         }
     }
     file.sync()?;
+    let copy = write_copy(disk, generation, &whole);
     disk.sync_names(DIR)?;
-    Ok(Inner { file, generation, end, seq, durable: (seq, end), snapshot_bytes: end, rows, failed: false })
+    let (durable, snapshot_bytes) = ((seq, end), end);
+    Ok(Inner {
+        file,
+        copy,
+        generation,
+        end,
+        seq,
+        durable,
+        snapshot_bytes,
+        rows,
+        failed: false,
+        mended: false,
+    })
+}
+
+/// Writes a generation's second copy. Without one the catalog works as well.
+fn write_copy(disk: &dyn Disk, generation: u64, bytes: &[u8]) -> Option<Arc<dyn DiskFile>> {
+    let write = || {
+        let copy = disk.open(&copy_name(generation), true)?;
+        copy.set_len(0)?;
+        copy.write_at(bytes, 0)?;
+        copy.sync()?;
+        io::Result::Ok(copy)
+    };
+    write().inspect_err(|error| tracing::warn!(%error, "the catalog has no second copy")).ok()
+}
+
+/// The whole content of a file; empty when there is none.
+fn read_whole(file: io::Result<Arc<dyn DiskFile>>) -> io::Result<Vec<u8>> {
+    let file = match file {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let len = usize::try_from(file.len_bytes()?).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+    let mut bytes = vec![0; len];
+    file.read_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// A generation's bytes, and its second copy's.
+struct Copies {
+    bytes: Vec<u8>,
+    copy: Vec<u8>,
+    mended: bool,
+}
+
+impl Copies {
+    /// Takes `len` bytes at `at` from the second copy.
+    fn mend(&mut self, at: usize, len: usize) {
+        if self.bytes.len() < at + len {
+            self.bytes.resize(at + len, 0);
+        }
+        self.bytes[at..at + len].copy_from_slice(&self.copy[at..at + len]);
+        self.mended = true;
+    }
+    fn header(&mut self, generation: u64) -> Header {
+        let found = decode_header(&self.bytes);
+        if found != Header::Good(generation) && decode_header(&self.copy) == Header::Good(generation) {
+            self.mend(0, HEADER_BYTES);
+            return Header::Good(generation);
+        }
+        found
+    }
+    fn record(&mut self, generation: u64, at: usize) -> Option<Record> {
+        let decode = |bytes: &[u8]| bytes.get(at..).and_then(|rest| decode_record(generation, rest));
+        if let Some(record) = decode(&self.bytes) {
+            return Some(record);
+        }
+        let record = decode(&self.copy)?;
+        self.mend(at, record.len.min(self.copy.len() - at));
+        Some(record)
+    }
 }
 
 /// Reads a generation. `None` when its snapshot was never completed, which is damage when it is
@@ -276,22 +405,23 @@ fn write_generation(disk: &dyn Disk, generation: u64, seq: u64, rows: Rows) -> R
 fn load(disk: &dyn Disk, generation: u64, only: bool) -> Result<Option<Inner>, CatalogError> {
     let name = file_name(generation);
     let file = disk.open(&name, false)?;
-    let len = usize::try_from(file.len_bytes()?).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
-    let mut bytes = vec![0; len];
-    file.read_at(&mut bytes, 0)?;
+    let bytes = read_whole(Ok(Arc::clone(&file)))?;
+    let len = bytes.len();
+    let copy = read_whole(disk.open(&copy_name(generation), false))?;
+    let mut copies = Copies { bytes, copy, mended: false };
     let damaged = |offset: usize, what: &str| CatalogError::Damaged {
         file: name.clone(),
         offset: offset as u64,
         what: what.to_owned(),
     };
-    match decode_header(&bytes) {
+    match copies.header(generation) {
         Header::Good(g) if g == generation => {}
         Header::Version(found) => return Err(CatalogError::Version { file: name, found, known: VERSION }),
         _ if only && len > FIRST_FILE_MAX_BYTES => return Err(damaged(0, "no header")),
         _ => return Ok(None),
     }
     let (mut at, mut rows, mut complete, mut seq) = (HEADER_BYTES, Rows::default(), None, 0);
-    while let Some(record) = bytes.get(at..).and_then(|rest| decode_record(generation, rest)) {
+    while let Some(record) = copies.record(generation, at) {
         let in_snapshot = complete.is_none();
         let tag_fits = if in_snapshot { record.tag != Tag::Txn as u8 } else { record.tag == Tag::Txn as u8 };
         if !tag_fits || (!in_snapshot && record.seq != seq + 1) {
@@ -304,6 +434,9 @@ fn load(disk: &dyn Disk, generation: u64, only: bool) -> Result<Option<Inner>, C
             complete = Some(at as u64);
         }
     }
+    let Copies { mut bytes, copy, mended } = copies;
+    // The padding of the last record may have been torn off.
+    bytes.resize(bytes.len().max(at), 0);
     if let Some(later) = later_record(generation, &bytes, at, seq) {
         return Err(damaged(at, &format!("a record is invalid, the one at byte {later} knew it durable")));
     }
@@ -311,13 +444,23 @@ fn load(disk: &dyn Disk, generation: u64, only: bool) -> Result<Option<Inner>, C
         return if only && len > FIRST_FILE_MAX_BYTES { Err(damaged(at, "no snapshot")) } else { Ok(None) };
     };
     rows.check().map_err(|what| damaged(at, &what))?;
+    if mended {
+        tracing::warn!(file = name, "the catalog was damaged: repaired from its second copy");
+        file.write_at(&bytes[..at], 0)?;
+    }
     if at < len {
         file.set_len(at as u64)?;
     }
     // What a killed process left in the page cache is read here and acted upon: pin it down first.
     file.sync()?;
+    let copy = if copy == bytes[..at] {
+        Some(disk.open(&copy_name(generation), false)?)
+    } else {
+        write_copy(disk, generation, &bytes[..at])
+    };
     let end = at as u64;
-    Ok(Some(Inner { file, generation, end, seq, durable: (seq, end), snapshot_bytes, rows, failed: false }))
+    let durable = (seq, end);
+    Ok(Some(Inner { file, copy, generation, end, seq, durable, snapshot_bytes, rows, failed: false, mended }))
 }
 
 /// Longest first file that was never used: a header, the root and the end of the snapshot.

@@ -3,6 +3,9 @@ use crate::testdisk::{MemDisk, Rng};
 use std::sync::atomic::Ordering;
 use vmfs_common::ids::ImageId;
 
+const FILE: &str = "catalog/0000000000000001.cat";
+const COPY: &str = "catalog/0000000000000001.cat.copy";
+
 fn dir(name: &str, parent: u64) -> Row {
     Row { parent, name: name.to_owned(), kind: Kind::Dir(Meta::default()) }
 }
@@ -107,7 +110,7 @@ fn the_journal_is_compacted_and_stays_small() {
     }
     catalog.sync_all().unwrap();
     let names = disk.file_names();
-    assert_eq!(names.len(), 1, "{names:?}");
+    assert_eq!(names.len(), 2, "{names:?}");
     assert!(disk.content(&names[0]).len() < 2 << 20);
     assert_eq!(open(&disk).rows(), catalog.rows());
 }
@@ -116,7 +119,8 @@ fn the_journal_is_compacted_and_stays_small() {
 fn an_unknown_version_is_refused_and_both_versions_named() {
     let disk = Arc::new(MemDisk::default());
     drop(open(&disk));
-    disk.flip("catalog/0000000000000001.cat", 8);
+    disk.flip(FILE, 8);
+    disk.flip(COPY, 8);
     let error = Catalog::open(disk, &Meta::default()).unwrap_err().to_string();
     assert!(error.contains("version 17") && error.contains("reads version 1"), "{error}");
 }
@@ -125,22 +129,73 @@ fn an_unknown_version_is_refused_and_both_versions_named() {
 fn damage_below_the_durable_point_is_refused_and_a_torn_tail_is_cut() {
     let disk = Arc::new(MemDisk::default());
     let catalog = open(&disk);
-    let start = disk.content("catalog/0000000000000001.cat").len();
+    let start = disk.content(FILE).len();
     for n in 0..5u8 {
         let ticket =
             catalog.append(&[Change::Put(10 + u64::from(n), image(&format!("i{n}"), 1, n))]).unwrap();
         catalog.sync(ticket).unwrap();
     }
     drop(catalog);
-    disk.flip("catalog/0000000000000001.cat", start + 30);
+    disk.flip(FILE, start + 30);
+    disk.flip(COPY, start + 30);
     let error = Catalog::open(disk.clone(), &Meta::default()).unwrap_err();
     assert!(matches!(&error, CatalogError::Damaged { .. }), "{error}");
-    disk.flip("catalog/0000000000000001.cat", start + 30);
+    disk.flip(FILE, start + 30);
+    disk.flip(COPY, start + 30);
     // The last record has nothing after it: it might be torn, and is cut.
-    let len = disk.content("catalog/0000000000000001.cat").len();
-    disk.flip("catalog/0000000000000001.cat", len - 20);
+    let len = disk.content(FILE).len();
+    disk.flip(FILE, len - 20);
+    disk.flip(COPY, len - 20);
     assert_eq!(open(&disk).rows().rows.len(), 5);
-    assert!(disk.content("catalog/0000000000000001.cat").len() < len);
+    assert!(disk.content(FILE).len() < len);
+}
+
+#[test]
+fn a_flipped_byte_anywhere_in_either_copy_is_repaired() {
+    let disk = Arc::new(MemDisk::default());
+    let catalog = open(&disk);
+    for n in 0..5u8 {
+        let ticket =
+            catalog.append(&[Change::Put(10 + u64::from(n), image(&format!("i{n}"), 1, n))]).unwrap();
+        catalog.sync(ticket).unwrap();
+    }
+    let rows = catalog.rows();
+    drop(catalog);
+    let whole = disk.content(FILE);
+    assert_eq!(disk.content(COPY), whole);
+    for at in 0..whole.len() {
+        for name in [FILE, COPY] {
+            disk.flip(name, at);
+            let catalog = open(&disk);
+            assert_eq!(catalog.rows(), rows, "{name} byte {at}");
+            assert!(!catalog.was_mended() || name == FILE, "{name} byte {at}");
+            drop(catalog);
+            // Zeros that pad the header or a record belong to no checksum.
+            let same = disk.content(FILE) == disk.content(COPY);
+            assert!(same, "{name} byte {at}");
+            if disk.content(FILE) != whole {
+                disk.flip(FILE, at);
+                disk.flip(COPY, at);
+            }
+            assert_eq!(disk.content(FILE), whole, "{name} byte {at}");
+        }
+    }
+}
+
+#[test]
+fn a_scrub_writes_a_damaged_catalog_anew() {
+    let disk = Arc::new(MemDisk::default());
+    let catalog = open(&disk);
+    catalog.append(&[Change::Put(10, image("a", 1, 1))]).unwrap();
+    catalog.sync_all().unwrap();
+    assert!(!catalog.scrub().unwrap());
+    for name in [FILE, COPY] {
+        let name = name.replace("01.cat", &format!("{:02x}.cat", catalog.inner.lock().generation));
+        disk.flip(&name, 70);
+        assert!(catalog.scrub().unwrap() && catalog.was_mended());
+        assert!(!catalog.scrub().unwrap());
+        assert_eq!(open(&disk).rows(), catalog.rows());
+    }
 }
 
 #[test]

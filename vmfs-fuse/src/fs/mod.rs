@@ -146,7 +146,7 @@ pub(crate) struct Handle {
 /// The file system. See the module.
 pub struct Fs<B> {
     backend: Arc<B>,
-    catalog: Catalog,
+    catalog: Arc<Catalog>,
     options: Options,
     tree: RwLock<Tree>,
     handles: RwLock<HashMap<u64, Arc<Handle>>>,
@@ -198,7 +198,12 @@ impl<B: Backend> Fs<B> {
     ///
     /// # Errors
     /// When threads cannot be started.
-    pub fn start(backend: Arc<B>, catalog: Catalog, options: Options) -> std::io::Result<Arc<Self>> {
+    pub fn start(
+        backend: Arc<B>,
+        catalog: impl Into<Arc<Catalog>>,
+        options: Options,
+    ) -> std::io::Result<Arc<Self>> {
+        let catalog = catalog.into();
         let rows = catalog.rows();
         let fs = Arc::new(Self {
             tree: RwLock::new(Tree::new(&rows)),
