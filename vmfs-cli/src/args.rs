@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vmfs_common::config::{DEFAULT_SOCKET, HostName, PeerAddress, TimeSpan};
+use vmfs_common::config::{ByteSize, DEFAULT_SOCKET, HostName, PeerAddress, TimeSpan};
 use vmfs_common::policy::{Acks, OnQuorumLoss};
 
 /// Operates a VMFS datastore.
@@ -80,6 +80,14 @@ pub(crate) enum Command {
         /// Also read and hash every block of the copy here.
         #[arg(long)]
         deep: bool,
+    },
+    /// Read and check everything that images have here, and repair what is damaged.
+    Scrub {
+        /// Only this image [default: every image on this host]
+        image: Option<String>,
+        /// Bytes a second to read at most ("100MiB") [default: as configured]
+        #[arg(long, value_name = "SIZE")]
+        rate: Option<ByteSize>,
     },
     /// Change who replicates an image.
     #[command(subcommand)]
@@ -325,6 +333,8 @@ mod tests {
             "promote vm/a.img --force --member b --member c",
             "handover vm/a.img --to b",
             "verify vm/a.img --deep",
+            "scrub",
+            "scrub vm/a.img --rate 100MiB",
             "replica add vm/a.img b",
             "replica add vm/a.img w --witness",
             "replica remove vm/a.img b",

@@ -103,6 +103,12 @@ pub struct StoreConfig {
     /// For how long replicas keep a deleted image.
     #[serde(default = "default_undelete_window")]
     pub undelete_window: TimeSpan,
+    /// Bytes a second that the background scrub reads; 0 turns it off.
+    #[serde(default = "default_scrub_rate")]
+    pub scrub_rate: ByteSize,
+    /// How often each image is scrubbed; 0 turns it off.
+    #[serde(default = "default_scrub_interval")]
+    pub scrub_interval: TimeSpan,
 }
 
 /// `[mount]`
@@ -138,6 +144,8 @@ impl StoreConfig {
             map_cache: default_map_cache(),
             log_retain: default_log_retain(),
             undelete_window: default_undelete_window(),
+            scrub_rate: default_scrub_rate(),
+            scrub_interval: default_scrub_interval(),
         }
     }
 }
@@ -294,6 +302,12 @@ const fn default_log_retain() -> ByteSize {
     ByteSize::mib(256)
 }
 const fn default_undelete_window() -> TimeSpan {
+    TimeSpan::from_secs(7 * 86_400)
+}
+const fn default_scrub_rate() -> ByteSize {
+    ByteSize::mib(8)
+}
+const fn default_scrub_interval() -> TimeSpan {
     TimeSpan::from_secs(7 * 86_400)
 }
 

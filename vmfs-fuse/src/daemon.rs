@@ -74,6 +74,12 @@ fn attach(node: &Node, config: &Config) -> anyhow::Result<Attached> {
     let root = Meta { attrs: options.root, ctime_ns: options.root.mtime_ns, ..Meta::default() };
     let catalog =
         Catalog::open(Arc::new(disk), &root).with_context(|| format!("catalog {}", dir.display()))?;
+    let catalog = Arc::new(catalog);
+    if catalog.was_mended() {
+        node.note_mended("the catalog");
+    }
+    let scrubbed = Arc::clone(&catalog);
+    node.also_scrub("the catalog", move || scrubbed.scrub().map_err(|e| e.to_string()));
     let backend = Arc::new(NodeBackend::new(node.clone()));
     let fs = Fs::start(backend, catalog, options).context("cannot start threads")?;
     let mut how = MountOptions::new(&section.point);

@@ -254,6 +254,10 @@ impl Store {
     pub fn rot(&self) -> Rot {
         self.shared.rot.get(None)
     }
+    /// Notes damage to something else on the same disk, which has been repaired.
+    pub fn note_mended(&self, what: &str) {
+        self.shared.rot.found_and_repaired(None, what, "from its second copy");
+    }
     /// Looks at what all images share (identity, metadata), a few pages, and repairs what is damaged.
     ///
     /// # Errors

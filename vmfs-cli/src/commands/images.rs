@@ -2,9 +2,9 @@
 
 use vmfs_common::config::{ByteSize, HostName, TimeSpan};
 use vmfs_replica::api::{
-    FailReport, HandoverReport, HandoverRequest, ImageInfo, PolicyReport, PolicySetRequest, PromoteReport,
-    PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, VerifyReport, VerifyRequest,
-    WaitReport, WaitRequest,
+    FailReport, HandoverReport, HandoverRequest, ImageInfo, ImageStatus, PolicyReport, PolicySetRequest,
+    PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, VerifyReport,
+    VerifyRequest, WaitReport, WaitRequest,
 };
 
 use super::Ask;
@@ -18,7 +18,7 @@ use crate::table::{Table, pairs};
 
 impl Ask {
     /// A long question, with progress on a terminal.
-    async fn long<T: serde::de::DeserializeOwned>(
+    pub(super) async fn long<T: serde::de::DeserializeOwned>(
         &self,
         path: &str,
         request: &impl serde::Serialize,
@@ -71,8 +71,30 @@ fn render_info(info: &ImageInfo) -> String {
         out.push('\n');
         out.push_str(&forks_table(&info.fork_list));
     }
+    out.push_str(&scrub_text(s));
     for (reason, n) in &s.refusals {
         out.push_str(&format!("refused: {reason} {n}\n"));
+    }
+    out
+}
+
+/// The last scrub, and damage.
+fn scrub_text(s: &ImageStatus) -> String {
+    let last = s.scrub.finished_ms.map_or_else(|| "never".to_owned(), utc);
+    let mut out = format!("last scrub: {last}");
+    if s.scrub.running {
+        let (done, total) = (ByteSize::new(s.scrub.done_bytes), ByteSize::new(s.scrub.total_bytes));
+        out.push_str(&format!(", running: {} of {}", done.human(), total.human()));
+    }
+    if let Some(error) = &s.scrub.error {
+        out.push_str(&format!(", given up: {error}"));
+    }
+    out.push('\n');
+    if s.damage.found > 0 {
+        out.push_str(&format!("damage: {} found, {} repaired\n", s.damage.found, s.damage.repaired));
+    }
+    for what in &s.damage.open {
+        out.push_str(&format!("damaged: {what}\n"));
     }
     out
 }

@@ -4,6 +4,7 @@ mod enrol;
 mod forks;
 mod hosts;
 mod images;
+mod scrub;
 mod status;
 
 use vmfs_replica::api::server::image_path;
@@ -39,6 +40,7 @@ async fn dispatch(cli: Cli) -> CliResult {
         Command::Promote { image, force, members } => images::promote(&ask, &image, force, &members).await,
         Command::Handover { image, to } => images::handover(&ask, &image, &to).await,
         Command::Verify { image, deep } => images::verify(&ask, &image, deep).await,
+        Command::Scrub { image, rate } => scrub::scrub(&ask, image.as_deref(), rate).await,
         Command::Replica(command) => images::replica(&ask, command).await,
         Command::Wait { image, in_sync, timeout } => images::wait(&ask, &image, in_sync, timeout).await,
         Command::Fail { image } => images::fail(&ask, &image).await,

@@ -52,10 +52,11 @@ fn render(report: &StatusReport) -> String {
         out.push_str(&format!("  {} ({address}) is not connected{error}\n", peer.host));
     }
     if report.images.is_empty() {
-        return out + "no images\n";
+        out.push_str("no images\n");
+    } else {
+        out.push('\n');
+        out.push_str(&images_table(&report.images));
     }
-    out.push('\n');
-    out.push_str(&images_table(&report.images));
     for image in report.images.iter().filter(|i| i.state != ImageState::Ok) {
         if let Some(reason) = &image.reason {
             out.push_str(&format!("{}: {}: {reason}\n", image.path, image.state));
@@ -66,6 +67,22 @@ fn render(report: &StatusReport) -> String {
     }
     for image in report.images.iter().filter(|i| i.forks > 0) {
         out.push_str(&format!("{}: {} kept (vmfs forks)\n", image.path, count(image.forks, "fork")));
+    }
+    for image in report.images.iter().filter(|i| i.damage.found > 0) {
+        let d = &image.damage;
+        out.push_str(&format!("{}: {} found, {} repaired\n", image.path, places(d.found), d.repaired));
+    }
+    if report.damage.found > 0 {
+        let d = &report.damage;
+        out.push_str(&format!("store: {} found, {} repaired\n", places(d.found), d.repaired));
+    }
+    for image in &report.unopened {
+        out.push_str(&format!("image {} cannot be opened here: {}\n", image.id, image.reason));
+    }
+    for image in report.images.iter().filter(|i| i.scrub.running) {
+        let s = &image.scrub;
+        let (done, total) = (ByteSize::new(s.done_bytes).human(), ByteSize::new(s.total_bytes).human());
+        out.push_str(&format!("{}: being scrubbed, {done} of {total}\n", image.path));
     }
     let refused: u64 = report.refusals.values().sum();
     if refused > 0 {
@@ -118,6 +135,11 @@ fn member(member: &MemberStatus) -> String {
     text
 }
 
+/// `1 damaged place`, `2 damaged places`.
+fn places(n: u64) -> String {
+    count(n, "damaged place")
+}
+
 /// `1 fork`, `2 forks`.
 pub(super) fn count(n: u64, noun: &str) -> String {
     format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
@@ -163,7 +185,7 @@ pub(crate) mod tests {
     use std::collections::BTreeMap;
 
     use vmfs_common::{DatastoreId, HostId, ImageId, StoreId};
-    use vmfs_replica::api::{ImageRole, PeerStatus};
+    use vmfs_replica::api::{Damage, ImageRole, PeerStatus, ScrubStatus, Unopened};
 
     use super::*;
 
@@ -196,6 +218,8 @@ pub(crate) mod tests {
             ],
             refusals: BTreeMap::new(),
             forks: 0,
+            damage: Damage::default(),
+            scrub: ScrubStatus::default(),
         }
     }
 
@@ -217,6 +241,8 @@ pub(crate) mod tests {
             }],
             images,
             refusals: BTreeMap::from([("gap".to_owned(), 2)]),
+            damage: Damage::default(),
+            unopened: vec![],
         }
     }
 
@@ -226,7 +252,17 @@ pub(crate) mod tests {
         second.state = ImageState::Stalled;
         second.reason = Some("1 of 3 members reachable".into());
         second.forks = 1;
-        let text = render(&report(vec![image("vm/a.img"), second]));
+        second.damage = Damage { found: 3, repaired: 2, open: vec!["block 4".into()] };
+        second.scrub = ScrubStatus {
+            running: true,
+            done_bytes: 1 << 20,
+            total_bytes: 2 << 20,
+            ..ScrubStatus::default()
+        };
+        let mut report_of = report(vec![image("vm/a.img"), second]);
+        report_of.unopened =
+            vec![Unopened { id: ImageId::from_bytes([9; 16]), reason: "the map is damaged".into() }];
+        let text = render(&report_of);
         assert_eq!(
             text,
             "host a, /mnt, 0 of 1 peer connected\n\
@@ -237,9 +273,12 @@ pub(crate) mod tests {
              b.qcow2   10 GiB  owner  a          3  812      800  stalled  b catching-up, 12 MiB behind, w in-sync (witness)\n\
              b.qcow2: stalled: 1 of 3 members reachable\n\
              b.qcow2: 1 fork kept (vmfs forks)\n\
+             b.qcow2: 3 damaged places found, 2 repaired\n\
+             image 09090909090909090909090909090909 cannot be opened here: the map is damaged\n\
+             b.qcow2: being scrubbed, 1 MiB of 2 MiB\n\
              refused: gap 2\n"
         );
-        assert!(render(&report(vec![])).ends_with("no images\n"));
+        assert!(render(&report(vec![])).ends_with("no images\nrefused: gap 2\n"));
     }
 
     #[test]

@@ -185,6 +185,8 @@ mod tests {
             peers: vec![],
             images,
             refusals: std::collections::BTreeMap::new(),
+            damage: vmfs_replica::api::Damage::default(),
+            unopened: vec![],
         };
         Look { name: name.into(), pid: Some(1), ended: None, report: Some(report) }
     }

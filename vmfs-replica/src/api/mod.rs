@@ -20,11 +20,12 @@ pub use metrics::MetricsServer;
 pub use progress::{Progress, ProgressEvent, StreamLine, Unit};
 pub use server::{ControlServer, ServerError};
 pub use types::{
-    FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport, HandoverRequest, HostInfo, HostList,
-    HostRemoveRequest, ImageInfo, ImageRequest, ImageRole, ImageState, ImageStatus, InviteReport,
+    Damage, FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport, HandoverRequest, HostInfo,
+    HostList, HostRemoveRequest, ImageInfo, ImageRequest, ImageRole, ImageState, ImageStatus, InviteReport,
     InviteRequest, Loss, MemberName, MemberState, MemberStatus, PeerStatus, PolicyReport, PolicySetRequest,
-    PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, StatusReport,
-    VerifyCopy, VerifyReport, VerifyRequest, WaitReport, WaitRequest,
+    PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, ScrubReport,
+    ScrubRequest, ScrubStatus, ScrubbedImage, StatusReport, Unopened, VerifyCopy, VerifyReport,
+    VerifyRequest, WaitReport, WaitRequest,
 };
 
 /// What [`Control`] answers with: a future that may borrow the daemon.
@@ -62,6 +63,9 @@ pub trait Control: Send + Sync + 'static {
     fn replica_remove(&self, request: ReplicaRemoveRequest, progress: Progress) -> Answer<'_, ReplicaReport>;
     /// Compares the copies of an image by digest; `deep` also reads and hashes every local block.
     fn verify(&self, request: VerifyRequest, progress: Progress) -> Answer<'_, VerifyReport>;
+    /// Scrubs one image, or all, from the beginning; returns when that is done. A client that goes away
+    /// only stops watching.
+    fn scrub(&self, request: ScrubRequest, progress: Progress) -> Answer<'_, ScrubReport>;
     /// The forks of one image, or of all.
     fn forks(&self, image: Option<String>) -> Answer<'_, ForkList>;
     /// Deletes a fork for good.

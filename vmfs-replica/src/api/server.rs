@@ -27,7 +27,7 @@ use super::metrics::metrics;
 use super::progress::{Progress, StreamLine};
 use super::types::{
     ForkDropRequest, HandoverRequest, HostRemoveRequest, ImageRequest, InviteRequest, PolicySetRequest,
-    PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, VerifyRequest, WaitRequest,
+    PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ScrubRequest, VerifyRequest, WaitRequest,
 };
 use super::{Answer, Control};
 
@@ -199,6 +199,7 @@ fn router(control: Arc<dyn Control>) -> Router {
         .route("/v1/replica/add", post(replica_add))
         .route("/v1/replica/remove", post(replica_remove))
         .route("/v1/verify", post(verify))
+        .route("/v1/scrub", post(scrub))
         .route("/v1/wait", post(wait))
         .route("/v1/forks", get(forks))
         .route("/v1/fork/drop", post(fork_drop))
@@ -332,6 +333,15 @@ async fn verify(State(control): Shared, payload: Payload) -> Result<Response, Ap
     let mut request: VerifyRequest = parse(payload)?;
     request.image = image_path(&request.image)?;
     Ok(stream(control, OnDisconnect::Cancel, |c, p| Box::pin(async move { c.verify(request, p).await })))
+}
+
+async fn scrub(State(control): Shared, payload: Payload) -> Result<Response, ApiError> {
+    let mut request: ScrubRequest = parse(payload)?;
+    request.image = request.image.as_deref().map(image_path).transpose()?;
+    if request.rate_bytes == Some(0) {
+        return Err(ApiError::usage("a rate of 0 would never end"));
+    }
+    Ok(stream(control, OnDisconnect::Cancel, |c, p| Box::pin(async move { c.scrub(request, p).await })))
 }
 
 async fn wait(State(control): Shared, payload: Payload) -> Result<Response, ApiError> {

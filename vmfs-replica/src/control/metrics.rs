@@ -3,19 +3,25 @@
 use std::fmt::Write as _;
 
 use super::NodeControl;
+use crate::api::{ImageStatus, StatusReport};
+
+/// Labels and value of one line.
+type Row = (String, u64);
+/// Writes a family: its name, kind and help, and its lines.
+type Family<'a> = &'a mut dyn FnMut(&str, &str, &str, Vec<Row>);
 
 impl NodeControl {
     pub(super) fn metrics_text(&self) -> String {
         let status = self.status_report();
         let mut t = String::new();
-        let mut family = |name: &str, kind: &str, help: &str, rows: Vec<(String, u64)>| {
+        let mut family = |name: &str, kind: &str, help: &str, rows: Vec<Row>| {
             let _ = writeln!(t, "# HELP vmfs_{name} {help}\n# TYPE vmfs_{name} {kind}");
             for (labels, value) in rows {
                 let _ = writeln!(t, "vmfs_{name}{labels} {value}");
             }
         };
         let image = |path: &str| format!("{{image=\"{}\"}}", escape(path));
-        let each = |f: &dyn Fn(&crate::api::ImageStatus) -> u64| {
+        let each = |f: &dyn Fn(&ImageStatus) -> u64| {
             status.images.iter().map(|i| (image(&i.path), f(i))).collect::<Vec<_>>()
         };
         family("image_size_bytes", "gauge", "Size of the image.", each(&|i| i.size));
@@ -29,6 +35,7 @@ impl NodeControl {
         );
         family("image_epoch", "counter", "Epoch of the image.", each(&|i| i.epoch));
         family("image_forks", "gauge", "Forks kept here.", each(&|i| i.forks));
+        damage(&status, &mut family);
         let states = status.images.iter().map(|i| {
             (format!("{{image=\"{}\",state=\"{}\",role=\"{}\"}}", escape(&i.path), i.state, i.role), 1)
         });
@@ -52,6 +59,32 @@ impl NodeControl {
         family("store_size_bytes", "gauge", "Size of the store's file system.", vec![(String::new(), total)]);
         t
     }
+}
+
+/// Damage found on this host's disk, and the scrubs that look for it.
+fn damage(status: &StatusReport, family: Family<'_>) {
+    let each = |f: &dyn Fn(&ImageStatus) -> u64| {
+        let row = |i: &ImageStatus| (format!("{{image=\"{}\"}}", escape(&i.path)), f(i));
+        status.images.iter().map(row).collect::<Vec<_>>()
+    };
+    let found = "Damaged places found in this copy.";
+    family("image_damage_found_total", "counter", found, each(&|i| i.damage.found));
+    let repaired = "Damaged places that were repaired.";
+    family("image_damage_repaired_total", "counter", repaired, each(&|i| i.damage.repaired));
+    let open = "Damaged places not repaired yet (at most 20 are counted).";
+    family("image_damage_open", "gauge", open, each(&|i| i.damage.open.len() as u64));
+    family("image_scrub_running", "gauge", "1 while it is scrubbed.", each(&|i| i.scrub.running.into()));
+    family("image_scrub_done_bytes", "gauge", "How far the scrub is.", each(&|i| i.scrub.done_bytes));
+    family("image_scrub_total_bytes", "gauge", "Of how much.", each(&|i| i.scrub.total_bytes));
+    let ended = "When the last scrub ended, seconds since 1970; 0 for never.";
+    let ended_s = each(&|i| i.scrub.finished_ms.unwrap_or(0) / 1000);
+    family("image_scrub_finished_seconds", "gauge", ended, ended_s);
+    let of_store = |n: u64| vec![(String::new(), n)];
+    let shared = &status.damage;
+    family("store_damage_found_total", "counter", "Damage in what all images share.", of_store(shared.found));
+    family("store_damage_repaired_total", "counter", "Of that, repaired.", of_store(shared.repaired));
+    let unopened = "Images whose files here cannot be opened.";
+    family("store_images_unopened", "gauge", unopened, of_store(status.unopened.len() as u64));
 }
 
 fn escape(label: &str) -> String {

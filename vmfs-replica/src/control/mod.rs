@@ -1,6 +1,7 @@
 //! The control API's requests, answered by the engine.
 
 mod metrics;
+mod scrub;
 mod status;
 mod verify;
 
@@ -16,8 +17,8 @@ use crate::api::{
     Answer, ApiError, Control, FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport,
     HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo, ImageRequest, InviteReport,
     InviteRequest, Loss, PolicyReport, PolicySetRequest, Progress, PromoteReport, PromoteRequest,
-    ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, StatusReport, Unit, VerifyReport, VerifyRequest,
-    WaitReport, WaitRequest,
+    ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, ScrubReport, ScrubRequest, StatusReport, Unit,
+    VerifyReport, VerifyRequest, WaitReport, WaitRequest,
 };
 use crate::node::{Ask, Image, Node, Pending, Told};
 
@@ -367,6 +368,9 @@ impl Control for NodeControl {
     }
     fn verify(&self, request: VerifyRequest, progress: Progress) -> Answer<'_, VerifyReport> {
         Box::pin(self.verify(request, progress))
+    }
+    fn scrub(&self, request: ScrubRequest, progress: Progress) -> Answer<'_, ScrubReport> {
+        Box::pin(self.scrub(request, progress))
     }
     fn forks(&self, image: Option<String>) -> Answer<'_, ForkList> {
         Box::pin(async move {

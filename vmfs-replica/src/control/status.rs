@@ -8,9 +8,10 @@ use vmfs_common::state::ImageState as State;
 use vmfs_proto::{Health, Role, Status};
 
 use super::NodeControl;
+use super::scrub::damage;
 use crate::api::{
     ApiError, ForkInfo, ImageInfo, ImageRole, ImageState, ImageStatus, MemberName, MemberState, MemberStatus,
-    PeerStatus, PolicyReport, StatusReport,
+    PeerStatus, PolicyReport, StatusReport, Unopened,
 };
 use crate::node::Image;
 
@@ -80,12 +81,15 @@ impl NodeControl {
             peers,
             images,
             refusals,
+            damage: damage(node.store.rot()),
+            unopened: node.store.damaged().into_iter().map(|(id, reason)| Unopened { id, reason }).collect(),
         }
     }
 
     pub(super) fn image_status(&self, image: &Arc<Image>) -> ImageStatus {
         let status = image.status();
         let of = image.state();
+        let damage = damage(image.rot());
         ImageStatus {
             path: of.path.clone().unwrap_or_else(|| format!("({})", image.id.short())),
             id: image.id,
@@ -96,12 +100,18 @@ impl NodeControl {
             epoch: status.epoch.number,
             seq: status.head.seq.0,
             flushed_seq: status.flushed_seq.0,
-            state: state(status.health),
+            state: match state(status.health) {
+                // A copy with a hole is not the copy that the policy asks for.
+                ImageState::Ok if !damage.open.is_empty() => ImageState::Degraded,
+                state => state,
+            },
             reason: self.reason(image, &status),
             forced: status.forced,
             members: self.members(image, &status),
             refusals: status.refusals.iter().map(|(why, n)| (refusal_word(*why), *n)).collect(),
             forks: image.fork_infos().len() as u64,
+            damage,
+            scrub: self.scrub_status(image),
         }
     }
 
@@ -109,9 +119,9 @@ impl NodeControl {
         if let Some(why) = image.latched() {
             return Some(why);
         }
-        let bad = image.bad_blocks();
-        if bad > 0 {
-            return Some(format!("{bad} damaged blocks are being repaired or cannot be"));
+        if let [first, more @ ..] = image.rot().open.as_slice() {
+            let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
+            return Some(format!("damaged here, no good copy reached yet: {first}{more}"));
         }
         if let Some(done) = image.pulling() {
             return Some(format!("copying blocks: {done} so far"));

@@ -73,6 +73,9 @@ impl NodeControl {
         let bad_block = found.bad_blocks.iter().map(|b| format!("block {} does not match its digest", b.0));
         let bad_update = found.bad_updates.iter().map(|s| format!("update {s} of the log is damaged"));
         report.problems.extend(bad_block.chain(bad_update).take(PROBLEMS_MAX));
+        // What else was found and is not repaired.
+        let open = image.rot().open.into_iter().filter(|w| !w.starts_with("block "));
+        report.problems.extend(open.map(|what| format!("damaged: {what}")).take(PROBLEMS_MAX));
         // Reading a damaged block is what starts its repair.
         image.ask_for_repair(&found.bad_blocks);
         Ok(())

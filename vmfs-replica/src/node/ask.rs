@@ -5,7 +5,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use vmfs_common::codec::CodecError;
 use vmfs_common::msg;
-use vmfs_common::{BlockIndex, Digest, Head, ImageId};
+use vmfs_common::{BlockIndex, Digest, Head, ImageId, Seq};
 
 /// Most blocks in one answer: 960 KiB of payload.
 pub(crate) const BLOCKS_MAX: usize = 240;
@@ -32,6 +32,8 @@ pub(crate) enum Ask {
     PinSeal { image: ImageId },
     /// Merkle root of the kept view, if it ends with this head.
     MerkleAt { image: ImageId, head: Head },
+    /// The payload block of this update that has this digest, as your log has it.
+    FetchPayload { image: ImageId, seq: Seq, digest: Digest },
 }
 
 /// An answer; some carry raw bytes after it.
@@ -47,7 +49,7 @@ pub(crate) enum Told {
     Node,
     /// To [`Ask::SyncBlocks`]: digests in the order asked; raw: the non-zero blocks.
     Blocks { digests: Vec<Digest> },
-    /// To [`Ask::Fetch`]: which are here; raw: those.
+    /// To [`Ask::Fetch`] and [`Ask::FetchPayload`]: which are here; raw: those.
     Fetched { here: Vec<bool> },
     /// Done.
     Done,

@@ -7,7 +7,8 @@ use vmfs_common::election::Genesis;
 use vmfs_common::header::FORMAT_LEVEL;
 use vmfs_common::op::{Attrs, Op};
 use vmfs_common::policy::{Member, MemberList, MemberRole};
-use vmfs_common::{HostId, ImageId};
+use vmfs_common::state::ImageState;
+use vmfs_common::{Head, HostId, ImageId};
 use vmfs_net::HostRole;
 use vmfs_proto::{Input, Machine};
 use vmfs_store::StoreError;
@@ -146,9 +147,20 @@ impl NodeInner {
         if let Some(image) = self.image(id) {
             return Ok(image);
         }
+        // Where the copy was lost its promises may still be here: they bind the next one, too.
+        let meta = self.store.get_meta(id);
         let store = self.store.create_image(id, role)?;
-        let image = self
-            .admit(store, |env, identity, timing, out| Machine::blank(env, identity, timing, id, role, out));
+        let image = self.admit(store, |env, identity, timing, out| {
+            let Some(meta) = &meta else { return Machine::blank(env, identity, timing, id, role, out) };
+            let (state, none) = (ImageState::new(id), Head::default());
+            let (id2, timing2) = (identity.clone(), timing.clone());
+            Machine::recover(env, id2, timing2, role, state, none, Some(meta), out).unwrap_or_else(|e| {
+                tracing::error!(image = %id, "its promises cannot be read, so it takes no part: {e}");
+                let mut machine = Machine::blank(env, identity, timing, id, role, &mut Vec::new());
+                machine.handle(env, Input::StoreFailed, &mut Vec::new());
+                machine
+            })
+        });
         tracing::info!(image = %id, ?role, "keeping a copy");
         Ok(image)
     }

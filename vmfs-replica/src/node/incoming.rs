@@ -171,6 +171,10 @@ fn answer(node: &Arc<NodeInner>, from: HostId, ask: Ask) -> (Told, Vec<u8>) {
             Some(image) => image.fetch_for_peer(&wanted),
             None => gone(),
         },
+        Ask::FetchPayload { image, seq, digest } => match member(image) {
+            Some(image) => image.payload_for_peer(seq, &digest),
+            None => gone(),
+        },
         Ask::PinSeal { image } => match member(image) {
             Some(image) => {
                 *image.sealed_view.lock() = SealPin { wanted: true, view: None };

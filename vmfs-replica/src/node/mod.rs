@@ -18,6 +18,7 @@ mod line;
 mod memory;
 mod repair;
 mod ring;
+mod scrub;
 mod start;
 mod sync;
 
@@ -81,6 +82,7 @@ pub struct NodeInner {
     stopping: tokio::sync::watch::Sender<bool>,
     /// The claims version up to which the mount's kernel cache is right; `MAX` without a mount.
     mount_seen: AtomicU64,
+    pub(crate) scrubs: scrub::Scrubs,
     /// Payload appended so far, over all images.
     pub(crate) appended_bytes: AtomicU64,
     /// Refusals before any image was involved, by reason, and the like.

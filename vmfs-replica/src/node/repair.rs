@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmfs_common::hash::block_digest;
-use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head};
-use vmfs_store::{MERKLE_ROOT_LEVEL, StoreError};
+use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head, Seq};
+use vmfs_store::{BadPayload, MERKLE_ROOT_LEVEL, Rot, StoreError};
 
 use super::ask::{Ask, BLOCKS_MAX, Told};
 use super::image::Image;
@@ -14,13 +14,27 @@ use super::io::IoError;
 
 /// Repairs under way or given up, per image.
 const REPAIRS_MAX: usize = 1024;
+/// Where a repair came from, in messages.
+const ANOTHER_COPY: &str = "from another host's copy";
 /// A block that nobody could give is asked for again after this.
 const GIVEN_UP: Duration = Duration::from_secs(5);
+
+/// As [`BadPayload::name`] says it.
+fn block_name(index: BlockIndex) -> String {
+    format!("block {}", index.0)
+}
 
 impl Image {
     /// What a failed read means to the guest: a damaged block is being repaired (wait), or cannot be.
     pub(super) fn bad_block(&self, e: StoreError) -> IoError {
-        let StoreError::BadBlock { index } = e else { return e.into() };
+        let index = match e {
+            StoreError::BadBlock { index } => index,
+            // Reads of the newest state heal the map themselves; a pinned state is read again when it is whole.
+            StoreError::BadMapPage { page, .. } if self.store.heal_map_page(page).is_ok() => {
+                return IoError::Wait;
+            }
+            e => return e.into(),
+        };
         let mut repairs = self.repairs.lock();
         match repairs.get(&index) {
             Some(true) => IoError::Wait,
@@ -30,7 +44,7 @@ impl Image {
                 let node = self.node();
                 let Some(image) = node.image(self.id) else { return IoError::Failed };
                 repairs.insert(index, true);
-                tracing::error!(image = %self.id, block = index.0, "damaged block: looking for another copy");
+                self.store.note_damage(&block_name(index));
                 node.spawn(async move { image.repair(index).await });
                 IoError::Wait
             }
@@ -40,7 +54,7 @@ impl Image {
     async fn repair(self: Arc<Self>, index: BlockIndex) {
         let fixed = self.try_repair(index).await;
         if fixed {
-            tracing::warn!(image = %self.id, block = index.0, "damaged block repaired from another copy");
+            self.store.note_repair(&block_name(index), ANOTHER_COPY);
             self.repairs.lock().remove(&index);
         } else {
             tracing::error!(image = %self.id, block = index.0, "damaged block: no good copy can be reached");
@@ -51,6 +65,36 @@ impl Image {
             tokio::time::sleep(GIVEN_UP).await;
             self.repairs.lock().remove(&index);
         }
+    }
+
+    /// Replaces a damaged payload block from another member. True when there is nothing left to be done.
+    pub(super) async fn repair_payload(&self, bad: &BadPayload) -> bool {
+        let node = self.node();
+        let mut asks = Vec::new();
+        if let Some(block) = bad.block {
+            asks.push(Ask::Fetch { image: self.id, wanted: vec![(block, bad.digest)] });
+        }
+        if let Some(seq) = bad.update {
+            asks.push(Ask::FetchPayload { image: self.id, seq, digest: bad.digest });
+        }
+        for ask in &asks {
+            for host in node.connected() {
+                let Ok((Told::Fetched { here }, raw)) = node.ask(host, ask).await else { continue };
+                if here != [true] {
+                    continue;
+                }
+                match tokio::task::block_in_place(|| self.store.repair(bad, &raw)) {
+                    Ok(true) => {
+                        self.store.note_repair(&bad.name(), ANOTHER_COPY);
+                        return true;
+                    }
+                    // Nothing refers to it any more; the next scrub does not meet it again.
+                    Ok(false) => return true,
+                    Err(e) => tracing::error!(image = %self.id, "{} cannot be rewritten: {e}", bad.name()),
+                }
+            }
+        }
+        false
     }
 
     async fn try_repair(&self, index: BlockIndex) -> bool {
@@ -78,9 +122,9 @@ impl Image {
         false
     }
 
-    /// Damaged blocks that could not be repaired, for status.
-    pub fn bad_blocks(&self) -> u64 {
-        self.repairs.lock().len() as u64
+    /// Damage found here, and what became of it.
+    pub(crate) fn rot(&self) -> Rot {
+        self.store.rot()
     }
 
     /// Answers [`Ask::Fetch`]: only content that matches the digest asked for is given.
@@ -96,6 +140,14 @@ impl Image {
             }
         }
         (Told::Fetched { here }, raw)
+    }
+
+    /// Answers [`Ask::FetchPayload`].
+    pub(super) fn payload_for_peer(&self, seq: Seq, digest: &Digest) -> (Told, Vec<u8>) {
+        match self.store.payload_of(seq, digest) {
+            Ok(Some(raw)) => (Told::Fetched { here: vec![true] }, raw),
+            _ => (Told::Fetched { here: vec![false] }, Vec::new()),
+        }
     }
 
     /// Answers [`Ask::MerkleAt`]: of the view kept at the Seal that was announced.

@@ -137,6 +137,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
         stopping: watch::Sender::new(false),
         malformed_frames: AtomicU64::new(0),
         appended_bytes: AtomicU64::new(0),
+        scrubs: super::scrub::Scrubs::default(),
         mount_seen: AtomicU64::new(u64::MAX),
         config,
     });
@@ -156,6 +157,8 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
     node.spawn(node.clone().follow_claims());
     let maintainer = node.clone();
     std::thread::spawn(move || maintainer.maintain());
+    let scrubber = node.clone();
+    std::thread::spawn(move || scrubber.scrub());
     Ok(Node(node))
 }
 

@@ -42,6 +42,8 @@ impl Control for Recorder {
                 peers: vec![],
                 images: vec![],
                 refusals: BTreeMap::new(),
+                damage: Damage::default(),
+                unopened: vec![],
             })
         })
     }
@@ -78,6 +80,9 @@ impl Control for Recorder {
         refuse(ApiError::failed("not now"))
     }
     fn verify(&self, _: VerifyRequest, _: Progress) -> Answer<'_, VerifyReport> {
+        refuse(ApiError::failed("not now"))
+    }
+    fn scrub(&self, _: ScrubRequest, _: Progress) -> Answer<'_, ScrubReport> {
         refuse(ApiError::failed("not now"))
     }
     fn forks(&self, image: Option<String>) -> Answer<'_, ForkList> {

@@ -11,6 +11,10 @@ pub use requests::{
     FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport, HandoverRequest, HostInfo, HostList,
     HostRemoveRequest, ImageInfo, ImageRequest, InviteReport, InviteRequest, Loss, MemberName, PolicyReport,
     PolicySetRequest, PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport,
-    VerifyCopy, VerifyReport, VerifyRequest, WaitReport, WaitRequest,
+    ScrubReport, ScrubRequest, ScrubbedImage, VerifyCopy, VerifyReport, VerifyRequest, WaitReport,
+    WaitRequest,
 };
-pub use status::{ImageRole, ImageState, ImageStatus, MemberState, MemberStatus, PeerStatus, StatusReport};
+pub use status::{
+    Damage, ImageRole, ImageState, ImageStatus, MemberState, MemberStatus, PeerStatus, ScrubStatus,
+    StatusReport, Unopened,
+};

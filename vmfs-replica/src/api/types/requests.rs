@@ -195,6 +195,48 @@ pub struct VerifyRequest {
     pub deep: bool,
 }
 
+/// `POST /v1/scrub`, streamed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubRequest {
+    /// Path inside the mount; absent: every image on this host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// Bytes a second to read at most; absent: as configured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_bytes: Option<u64>,
+}
+
+/// What a scrub found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubReport {
+    /// True when every image was read and nothing damaged is left.
+    pub ok: bool,
+    /// Bytes read.
+    pub bytes_read: u64,
+    /// How long it took.
+    pub elapsed_ms: u64,
+    /// Each image.
+    pub images: Vec<ScrubbedImage>,
+}
+
+/// One image of a [`ScrubReport`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubbedImage {
+    /// Path inside the mount.
+    pub image: String,
+    /// Bytes read.
+    pub bytes_read: u64,
+    /// Damaged places that this scrub found.
+    pub found: u64,
+    /// How many were repaired meanwhile.
+    pub repaired: u64,
+    /// What is still damaged, at most 20.
+    pub open: Vec<String>,
+    /// Why it was given up.
+    pub error: Option<String>,
+}
+
 /// Result of a verification. `ok` is the answer; the rest says why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyReport {

@@ -28,6 +28,47 @@ pub struct StatusReport {
     pub images: Vec<ImageStatus>,
     /// What this host refused since it started, over all images, by reason.
     pub refusals: BTreeMap<String, u64>,
+    /// Damage found in what all images share.
+    #[serde(default)]
+    pub damage: Damage,
+    /// Images whose files here could not be opened.
+    #[serde(default)]
+    pub unopened: Vec<Unopened>,
+}
+
+/// Damage found on this host's disk since its daemon started.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Damage {
+    /// Damaged places found.
+    pub found: u64,
+    /// Of those, how many were repaired.
+    pub repaired: u64,
+    /// What is damaged and could not be repaired yet, at most 20.
+    pub open: Vec<String>,
+}
+
+/// An image that cannot be used on the answering host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unopened {
+    /// The image.
+    pub id: ImageId,
+    /// Why.
+    pub reason: String,
+}
+
+/// The scrub of one image on the answering host.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// True while it is being scrubbed.
+    pub running: bool,
+    /// How far that is.
+    pub done_bytes: u64,
+    /// Of how much, roughly.
+    pub total_bytes: u64,
+    /// When the last whole scrub ended, milliseconds since 1970; absent when there was none.
+    pub finished_ms: Option<u64>,
+    /// Why the last one was given up.
+    pub error: Option<String>,
 }
 
 /// Another host, as seen from the one that answers.
@@ -128,6 +169,12 @@ pub struct ImageStatus {
     pub refusals: BTreeMap<String, u64>,
     /// Forks of it kept here.
     pub forks: u64,
+    /// Damage found in the copy here.
+    #[serde(default)]
+    pub damage: Damage,
+    /// The background scrub.
+    #[serde(default)]
+    pub scrub: ScrubStatus,
 }
 
 /// One member of an image.
