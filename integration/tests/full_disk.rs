@@ -7,6 +7,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 
 use integration::harness::command::{bash, run};
+use integration::harness::guest::{GuestSpec, Journal, make_disk};
 use integration::harness::wait::secs;
 use integration::harness::{Cluster, bytes, until};
 
@@ -85,6 +86,39 @@ fn full_disk_at_the_owner_fails_the_write_cleanly_and_loses_nothing() {
     cluster.kill9("a");
     cluster.restart("a");
     cluster.assert_copies_identical("again");
+}
+
+#[test]
+fn guest_pauses_when_the_owners_disk_is_full_and_goes_on_with_its_journal_intact() {
+    let mut cluster = Cluster::start("fullguest");
+    give_small_disk(&mut cluster, "a");
+    let disk = cluster.file("a", "guest.img");
+    make_disk(&disk, Journal::Raw, 256 << 20);
+    let spec = GuestSpec { span: "128M", ..GuestSpec::new(&disk, Journal::Raw) };
+    let mut guest = spec.boot(&cluster.scratch(), "full");
+    guest.wait_acked(20);
+    // Somebody else on the same host takes all the space there is.
+    let big = File::options().read(true).write(true).create_new(true).open(cluster.file("a", "big")).unwrap();
+    let flushed = fill(&big, 1000);
+    let mut qmp = guest.qmp();
+    until("QEMU pauses the guest", secs(180), || (qmp.run_state() == "io-error").then_some(()));
+    println!("full after {flushed} MiB, guest paused at record {}", guest.acked());
+    guest.assert_no_errors();
+    drop(big);
+    std::fs::remove_file(cluster.file("a", "big")).unwrap();
+    let paused_at = guest.acked();
+    // As an administrator does, until the space is really there.
+    until("the guest goes on", secs(120), || {
+        if qmp.run_state() == "io-error" {
+            let _ = qmp.call("cont", serde_json::json!({}));
+        }
+        (guest.acked() > paused_at + 20).then_some(())
+    });
+    guest.assert_no_errors();
+    let acked = guest.acked();
+    guest.kill9();
+    spec.assert_journal(&cluster.scratch(), acked);
+    cluster.assert_copies_identical("guest.img");
 }
 
 #[test]

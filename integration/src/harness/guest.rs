@@ -150,8 +150,10 @@ impl GuestSpec {
             let _ = std::fs::remove_file(old);
         }
         let Self { format, cache, aio, .. } = self;
-        let drive =
-            format!("file={},format={format},if=none,id=d,cache={cache},aio={aio}", self.image.display());
+        let drive = format!(
+            "file={},format={format},if=none,id=d,cache={cache},aio={aio},werror=enospc",
+            self.image.display()
+        );
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-M", "q35", "-accel", "tcg,thread=multi", "-m", "256", "-nodefaults", "-no-reboot"])
             .args(["-display", "none", "-serial", &format!("file:{}", console.display())])
