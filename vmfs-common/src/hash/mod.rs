@@ -6,6 +6,10 @@ use sha2::{Digest as _, Sha256};
 
 use crate::ids::{BLOCK_BYTES, Digest};
 
+mod blocks;
+
+pub use blocks::{block_digest, block_digests, block_digests_of};
+
 const LABEL_PREFIX: &str = "vmfs1/";
 
 fn label_head(label: &'static str) -> [u8; 32] {
@@ -42,17 +46,6 @@ pub fn mac(key: &[u8; 32], label: &'static str, parts: &[&[u8]]) -> [u8; 32] {
         m.update(p);
     }
     m.finalize().into_bytes().into()
-}
-
-/// Digest of one 4 KiB block: plain SHA-256 of its bytes. An all-zero block has the all-zero
-/// digest, which stands for "no payload".
-///
-/// # Panics
-/// When `block` is not exactly 4 KiB.
-#[must_use]
-pub fn block_digest(block: &[u8]) -> Digest {
-    assert_eq!(block.len(), BLOCK_BYTES, "invariant: payload is whole blocks");
-    if is_zero(block) { Digest::default() } else { Digest::from_bytes(Sha256::digest(block).into()) }
 }
 
 static ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
