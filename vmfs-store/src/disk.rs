@@ -3,12 +3,14 @@
 //! fails calls and fills up.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use crate::error::{IoContext as _, StoreError};
 
@@ -33,6 +35,11 @@ pub trait Disk: Send + Sync {
 pub trait DiskFile: Send + Sync {
     /// Fills `buf` from `offset`; bytes past the end read as zeros.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+    /// As [`DiskFile::read_at`] if the bytes are in memory; else begins to fetch them, leaves `buf` in any
+    /// state and returns false. So that pieces from many places come from the disk at the same time.
+    fn read_soon(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        self.read_at(buf, offset).map(|()| true)
+    }
     /// Writes all of `buf` at `offset`. Not durable before [`DiskFile::sync`].
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
     /// On return, every earlier write to this file is on stable storage (fdatasync).
@@ -72,7 +79,7 @@ impl FileDisk {
             .during(what)?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { root: root.to_path_buf(), _lock: lock }),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(StoreError::InUse { path: root.display().to_string() }),
+            Err(Errno::WOULDBLOCK) => Err(StoreError::InUse { path: root.display().to_string() }),
             Err(e) => Err(io::Error::from(e)).during(what),
         }
     }
@@ -154,6 +161,18 @@ impl DiskFile for RealFile {
         }
         Ok(())
     }
+    fn read_soon(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        let len = buf.len();
+        match preadv2(&self.0, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT) {
+            Ok(n) if n == len => Ok(true),
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP) => {
+                // A hint: without it the read that follows only waits longer.
+                let _ = fadvise(&self.0, offset, NonZeroU64::new(len as u64), Advice::WillNeed);
+                Ok(false)
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.0.write_all_at(buf, offset)
     }
@@ -166,12 +185,12 @@ impl DiskFile for RealFile {
     fn allocate(&self, len_bytes: u64) -> io::Result<()> {
         loop {
             match rustix::fs::fallocate(&self.0, FallocateFlags::empty(), 0, len_bytes) {
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::INTR) => {}
                 // Without fallocate, space is taken when it is written.
-                Err(rustix::io::Errno::OPNOTSUPP) if self.len_bytes()? < len_bytes => {
+                Err(Errno::OPNOTSUPP) if self.len_bytes()? < len_bytes => {
                     return self.0.set_len(len_bytes);
                 }
-                Err(rustix::io::Errno::OPNOTSUPP) => return Ok(()),
+                Err(Errno::OPNOTSUPP) => return Ok(()),
                 other => return Ok(other?),
             }
         }

@@ -125,7 +125,8 @@ impl View {
     }
 }
 
-/// Reads the blocks that `entries` (of the blocks from `start`) name, and checks them.
+/// Reads the blocks that `entries` (of the blocks from `start`) name, and checks them. Pieces from many
+/// places that are not in memory are fetched together.
 pub(crate) fn read_entries(
     shared: &Shared,
     segments: &Segments,
@@ -133,34 +134,68 @@ pub(crate) fn read_entries(
     entries: &[Entry],
     buf: &mut [u8],
 ) -> Result<(), StoreError> {
+    let mut to_come = Vec::new();
     let mut at = 0;
     while at < entries.len() {
-        let first = entries[at];
-        if !first.is_data() {
-            buf[at * BLOCK_BYTES..(at + 1) * BLOCK_BYTES].fill(0);
-            at += 1;
-            continue;
-        }
-        let follows = |(i, e): &(usize, &Entry)| {
-            e.is_data()
-                && e.segment_no() == first.segment_no()
-                && u64::from(e.page()) == u64::from(first.page()) + *i as u64
-        };
-        let n = entries[at..].iter().enumerate().take_while(follows).count();
+        let n = run_length(&entries[at..]);
         let piece = &mut buf[at * BLOCK_BYTES..(at + n) * BLOCK_BYTES];
-        let bad = |i: usize| StoreError::BadBlock { index: BlockIndex(start + (at + i) as u64) };
-        let seg = segments.get(&first.segment_no()).ok_or_else(|| bad(0))?;
-        let file = seg.file(&shared.files)?;
-        file.read_at(piece, u64::from(first.page()) * PAGE_U64)
-            .during(|| format!("reading {}", file_name(seg.no)))?;
-        for (i, (block, entry)) in piece.chunks_exact(BLOCK_BYTES).zip(&entries[at..]).enumerate() {
-            if !entry.matches(crc32c::crc32c(block)) {
-                return Err(bad(i));
-            }
+        if !entries[at].is_data() {
+            piece.fill(0);
+        } else if n == entries.len() {
+            read_run(shared, segments, start, entries, piece, false)?;
+        } else if !read_run(shared, segments, start + at as u64, &entries[at..at + n], piece, true)? {
+            to_come.push(at..at + n);
         }
         at += n;
     }
+    for run in to_come {
+        let piece = &mut buf[run.start * BLOCK_BYTES..run.end * BLOCK_BYTES];
+        read_run(shared, segments, start + run.start as u64, &entries[run], piece, false)?;
+    }
     Ok(())
+}
+
+/// How many of the first entries are consecutive places in one segment; 1 when the first is no data.
+fn run_length(entries: &[Entry]) -> usize {
+    let first = entries[0];
+    if !first.is_data() {
+        return 1;
+    }
+    let follows = |(i, e): &(usize, &Entry)| {
+        e.is_data()
+            && e.segment_no() == first.segment_no()
+            && u64::from(e.page()) == u64::from(first.page()) + *i as u64
+    };
+    entries.iter().enumerate().take_while(follows).count()
+}
+
+/// Reads and checks consecutive places. False with `soon` when the disk was only asked for them.
+fn read_run(
+    shared: &Shared,
+    segments: &Segments,
+    start: u64,
+    entries: &[Entry],
+    piece: &mut [u8],
+    soon: bool,
+) -> Result<bool, StoreError> {
+    let bad = |i: usize| StoreError::BadBlock { index: BlockIndex(start + i as u64) };
+    let seg = segments.get(&entries[0].segment_no()).ok_or_else(|| bad(0))?;
+    let file = seg.file(&shared.files)?;
+    let offset = u64::from(entries[0].page()) * PAGE_U64;
+    let reading = || format!("reading {}", file_name(seg.no));
+    if soon {
+        if !file.read_soon(piece, offset).during(reading)? {
+            return Ok(false);
+        }
+    } else {
+        file.read_at(piece, offset).during(reading)?;
+    }
+    for (i, (block, entry)) in piece.chunks_exact(BLOCK_BYTES).zip(entries).enumerate() {
+        if !entry.matches(crc32c::crc32c(block)) {
+            return Err(bad(i));
+        }
+    }
+    Ok(true)
 }
 
 /// Digests of data blocks, remembering the last record: neighbours are often in the same one.
