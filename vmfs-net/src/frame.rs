@@ -248,6 +248,17 @@ impl RawReader {
         Ok(Some((kind, self.body(len).await?)))
     }
 
+    /// The next frame, if all of it has been received already and lies in one piece.
+    pub(crate) fn next_ready(&mut self) -> Result<Option<(Kind, Bytes)>, NetError> {
+        let Some(head) = self.rest.first_chunk::<PREFIX_BYTES>() else { return Ok(None) };
+        let (kind, len) = decode_prefix(*head)?;
+        if self.rest.len() - PREFIX_BYTES < len {
+            return Ok(None);
+        }
+        self.rest.advance(PREFIX_BYTES);
+        Ok(Some((kind, self.rest.split_to(len))))
+    }
+
     /// The next frame, which must be of this kind.
     pub(crate) async fn expect(&mut self, want: Kind) -> Result<Bytes, NetError> {
         match self.next().await? {

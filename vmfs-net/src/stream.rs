@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use quinn::{Connection, SendStream};
 use tokio::sync::Semaphore;
@@ -116,7 +116,8 @@ impl StreamSender {
     /// When the stream or the connection is gone, or `body` exceeds
     /// [`frame::CONTROL_BYTES_MAX`]; only the latter leaves the stream usable.
     pub async fn send_control(&mut self, body: Bytes) -> Result<(), NetError> {
-        self.send(Kind::Control, Bytes::new(), &[body]).await
+        let prefix = frame::prefix(Kind::Control, body.len())?;
+        self.send(vec![Bytes::copy_from_slice(&prefix), body]).await
     }
 
     /// Sends an update: its canonical header, and its payload in one or more pieces, none of which is
@@ -125,15 +126,22 @@ impl StreamSender {
     /// # Errors
     /// As [`Self::send_control`], with the limit [`frame::FRAME_BYTES_MAX`].
     pub async fn send_update(&mut self, header: Bytes, payload: &[Bytes]) -> Result<(), NetError> {
-        let max_bytes = frame::CONTROL_BYTES_MAX;
-        let len = u32::try_from(header.len())
-            .ok()
-            .filter(|_| header.len() <= max_bytes)
-            .ok_or(NetError::Oversize { kind: "update header", len_bytes: header.len(), max_bytes })?;
-        let mut parts = Vec::with_capacity(payload.len() + 1);
-        parts.push(header);
-        parts.extend(payload.iter().cloned());
-        self.send(Kind::Update, Bytes::copy_from_slice(&len.to_le_bytes()), &parts).await
+        let mut bufs = Vec::with_capacity(payload.len() + 2);
+        push_update(&mut bufs, &header, payload)?;
+        self.send(bufs).await
+    }
+
+    /// Sends several updates (header and payload), as [`Self::send_update`] one after the other, at less
+    /// cost. One that is too long is an error before anything is sent.
+    ///
+    /// # Errors
+    /// As [`Self::send_update`].
+    pub async fn send_updates(&mut self, updates: &[(Bytes, Bytes)]) -> Result<(), NetError> {
+        let mut bufs = Vec::with_capacity(2 * updates.len() + 1);
+        for (header, payload) in updates {
+            push_update(&mut bufs, header, std::slice::from_ref(payload))?;
+        }
+        self.send(bufs).await
     }
 
     /// Gives the stream up: the peer's reader fails, and what it has not read is discarded.
@@ -149,24 +157,22 @@ impl StreamSender {
         }
     }
 
-    async fn send(&mut self, kind: Kind, lead: Bytes, parts: &[Bytes]) -> Result<(), NetError> {
+    /// Sends whole frames.
+    async fn send(&mut self, mut bufs: Vec<Bytes>) -> Result<(), NetError> {
         if self.inside_frame {
             return Err(NetError::Broken);
         }
-        let len = lead.len() + parts.iter().map(Bytes::len).sum::<usize>();
-        let prefix = frame::prefix(kind, len)?;
-        let mut bufs = Vec::with_capacity(parts.len() + 2);
+        let len = bufs.iter().map(Bytes::len).sum::<usize>();
         if self.stream.is_none() {
             let open = frame::encode(Kind::OpenImage, self.image.as_bytes())?;
             let stream = self.connection.open_uni().await;
             self.stream = Some(stream.map_err(|e| NetError::from_connection("peer", &e))?);
-            bufs.push(open);
+            bufs.insert(0, open);
         }
         let stream = self.stream.as_mut().expect("invariant: opened above");
-        bufs.push(Bytes::from([&prefix[..], &lead[..]].concat()));
-        bufs.extend(parts.iter().cloned());
         let _permit = if len > LARGE_BYTES {
-            let kib = u32::try_from(len.div_ceil(1024)).expect("invariant: frames have at most 4 MiB");
+            let kib =
+                u32::try_from(len.min(SEND_BYTES_MAX).div_ceil(1024)).expect("invariant: at most 64 MiB");
             let permit = self.share.permits.acquire_many(kib).await;
             Some(permit.expect("invariant: this semaphore is never closed"))
         } else {
@@ -180,6 +186,24 @@ impl StreamSender {
         self.share.traffic.sent_bytes.fetch_add(sent, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// Appends an update frame's pieces.
+fn push_update(bufs: &mut Vec<Bytes>, header: &[u8], payload: &[Bytes]) -> Result<(), NetError> {
+    let max_bytes = frame::CONTROL_BYTES_MAX;
+    let len = u32::try_from(header.len())
+        .ok()
+        .filter(|_| header.len() <= max_bytes)
+        .ok_or(NetError::Oversize { kind: "update header", len_bytes: header.len(), max_bytes })?;
+    let payload_bytes = payload.iter().map(Bytes::len).sum::<usize>();
+    let prefix = frame::prefix(Kind::Update, 4 + header.len() + payload_bytes)?;
+    let mut lead = BytesMut::with_capacity(prefix.len() + 4 + header.len());
+    lead.extend_from_slice(&prefix);
+    lead.extend_from_slice(&len.to_le_bytes());
+    lead.extend_from_slice(header);
+    bufs.push(lead.freeze());
+    bufs.extend(payload.iter().filter(|p| !p.is_empty()).cloned());
+    Ok(())
 }
 
 impl Drop for StreamSender {
@@ -212,7 +236,21 @@ impl FrameReader {
     /// When the stream or the connection is gone. Bytes that are no frame of an image stream, or one
     /// of more than [`frame::FRAME_BYTES_MAX`], close the connection.
     pub async fn next(&mut self) -> Result<Option<Frame>, NetError> {
-        let got = match self.reader.next().await {
+        let got = self.reader.next().await;
+        self.frame(got)
+    }
+
+    /// The next frame, if all of it is here already; `None` says nothing about the stream's end.
+    ///
+    /// # Errors
+    /// As [`Self::next`].
+    pub fn next_ready(&mut self) -> Result<Option<Frame>, NetError> {
+        let got = self.reader.next_ready();
+        self.frame(got)
+    }
+
+    fn frame(&self, got: Result<Option<(Kind, Bytes)>, NetError>) -> Result<Option<Frame>, NetError> {
+        let got = match got {
             Ok(Some((Kind::Control, body))) => Ok(Some(Frame::Control(body))),
             Ok(Some((Kind::Update, body))) => frame::split_update(body).map(Some),
             Ok(Some((kind, _))) => Err(NetError::BadFrame(format!("{} on an image stream", kind.name()))),

@@ -70,6 +70,7 @@ pub fn run<M>(
             log_to_stderr(&config)?;
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .enable_all()
+                .worker_threads(network_threads())
                 .thread_name("vmfs-net")
                 .max_blocking_threads(64)
                 .build()
@@ -86,6 +87,12 @@ pub fn run<M>(
             ExitCode::FAILURE
         }
     }
+}
+
+/// Threads for the network: half of the processors. The others belong to the mount, the disk and the
+/// guests, and tasks that hand work to each other on one thread do not pay for waking a second one.
+fn network_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2))
 }
 
 /// The error and its causes; those that a message quotes already are left out.

@@ -1,7 +1,7 @@
 //! From bytes to blocks: digests and payload of a write, before any lock is taken.
 
 use bytes::Bytes;
-use vmfs_common::hash::block_digest;
+use vmfs_common::hash::{block_digests, block_digests_of};
 use vmfs_common::{BLOCK_BYTES, BlockCount, BlockIndex, Digest};
 
 /// New content of a run of whole blocks.
@@ -26,7 +26,7 @@ impl Content {
 /// Hashes whole blocks and drops those that are all zeros.
 pub(crate) fn hash_blocks(start: BlockIndex, data: &[u8]) -> Content {
     assert!(data.len().is_multiple_of(BLOCK_BYTES), "invariant: callers widen to whole blocks");
-    let digests: Vec<Digest> = data.chunks_exact(BLOCK_BYTES).map(block_digest).collect();
+    let digests: Vec<Digest> = block_digests(data);
     let zeros = digests.iter().filter(|d| d.is_zero()).count();
     let payload = if zeros == 0 {
         Bytes::copy_from_slice(data)
@@ -41,10 +41,20 @@ pub(crate) fn hash_blocks(start: BlockIndex, data: &[u8]) -> Content {
 
 /// True when `payload` is exactly the blocks that the digests describe.
 pub(crate) fn payload_matches(digests: &[Digest], payload: &[u8]) -> bool {
-    let mut blocks = payload.chunks_exact(BLOCK_BYTES);
-    let same =
-        digests.iter().filter(|d| !d.is_zero()).all(|d| blocks.next().is_some_and(|b| block_digest(b) == *d));
-    same && blocks.next().is_none() && blocks.remainder().is_empty()
+    payloads_match(std::iter::once((digests, payload))) == [true]
+}
+
+/// For each pair of digests and payload: is the payload exactly the blocks that the digests describe?
+pub(crate) fn payloads_match<'a>(pairs: impl Iterator<Item = (&'a [Digest], &'a [u8])> + Clone) -> Vec<bool> {
+    let blocks = pairs.clone().flat_map(|(_, payload)| payload.chunks_exact(BLOCK_BYTES));
+    let mut found = block_digests_of(blocks).into_iter();
+    let matches = |(digests, payload): (&[Digest], &[u8])| {
+        let count = payload.len() / BLOCK_BYTES;
+        let ours: Vec<Digest> = found.by_ref().take(count).collect();
+        let stored = digests.iter().filter(|d| !d.is_zero());
+        payload.len().is_multiple_of(BLOCK_BYTES) && ours.iter().eq(stored)
+    };
+    pairs.map(matches).collect()
 }
 
 #[cfg(test)]
@@ -59,12 +69,23 @@ mod tests {
         let c = hash_blocks(BlockIndex(9), &data);
         assert_eq!(c.digests.iter().map(Digest::is_zero).collect::<Vec<_>>(), [true, false, true, false]);
         assert_eq!(c.payload.len(), 2 * BLOCK_BYTES);
-        assert!(payload_matches(&c.digests, &c.payload));
         let mut bad = c.payload.to_vec();
         bad[BLOCK_BYTES] ^= 1;
-        assert!(!payload_matches(&c.digests, &bad));
-        assert!(!payload_matches(&c.digests, &c.payload[..BLOCK_BYTES]));
-        assert!(!payload_matches(&c.digests, &[&c.payload[..], &[0; BLOCK_BYTES]].concat()));
-        assert!(!payload_matches(&c.digests, &[&c.payload[..], &[0; 1]].concat()));
+        let (block, byte) =
+            ([&c.payload[..], &[0; BLOCK_BYTES]].concat(), [&c.payload[..], &[0; 1]].concat());
+        let cases: [(&[u8], bool); 7] = [
+            (&c.payload, true),
+            (&bad, false),
+            (&c.payload, true),
+            (&c.payload[..BLOCK_BYTES], false),
+            (&block, false),
+            (&byte, false),
+            (&c.payload, true),
+        ];
+        // Whatever came before in a batch, each is judged by itself.
+        for n in 0..=cases.len() {
+            let pairs = cases[..n].iter().map(|(payload, _)| (&c.digests[..], *payload));
+            assert_eq!(payloads_match(pairs), cases[..n].iter().map(|c| c.1).collect::<Vec<_>>());
+        }
     }
 }

@@ -47,6 +47,7 @@ impl Image {
             }
             Output::StopStream { to } => self.on_line(node, to, Line::stop_feed),
             Output::RequestSync { to, seq, commit } => self.on_line(node, to, |l| l.sync(seq, commit)),
+            Output::LocalSync if core.sync_here => core.sync_due = true,
             Output::LocalSync => self.start_sync(node),
             Output::AppendLocal(update) => {
                 if let Err(e) = self.store_local(&update) {
@@ -106,13 +107,7 @@ impl Image {
 
     fn start_sync(self: &Arc<Self>, node: &NodeInner) {
         let image = self.clone();
-        node.blocking(move || match image.store.sync() {
-            Ok(head) => image.input(Input::Synced { head }),
-            Err(e) => {
-                tracing::error!(image = %image.id, "stopped: cannot make the log durable: {e}");
-                image.input(Input::StoreFailed);
-            }
-        });
+        node.blocking(move || image.sync_log());
     }
 
     fn persist_meta(self: &Arc<Self>, node: &Arc<NodeInner>, version: u64, bytes: Vec<u8>) {

@@ -19,7 +19,7 @@ use vmfs_proto::{Env, Gate, Input, Machine, OpError, OpOutcome, Output, Refused,
 use vmfs_store::{ImageStore, Import, Reservation, Space, StoreError, View};
 
 use super::NodeInner;
-use super::blocks::payload_matches;
+use super::blocks::payloads_match;
 use super::io::IoError;
 use super::line::{Line, from_log};
 use super::ring::{Ring, RingItem};
@@ -31,6 +31,9 @@ pub type Wake = Box<dyn FnOnce() + Send>;
 
 pub(super) struct Core {
     pub(super) machine: Machine,
+    /// Whoever holds the lock will make the log durable itself if that is asked for, and whether it was.
+    pub(super) sync_here: bool,
+    pub(super) sync_due: bool,
     /// What to call once the lock is given up.
     pub(super) deferred: Vec<Box<dyn FnOnce() + Send>>,
 }
@@ -93,13 +96,13 @@ impl Image {
         Arc::new(Self {
             id: store.id(),
             node: Arc::downgrade(node),
-            core: Mutex::new(Core { machine, deferred: Vec::new() }),
+            core: Mutex::new(Core { machine, sync_here: false, sync_due: false, deferred: Vec::new() }),
             failing_until: AtomicU64::new(0),
             meta: Mutex::default(),
             bounced: Mutex::default(),
             missing: Mutex::default(),
             edges: RwLock::new(()),
-            ring: Mutex::new(Ring::new(node.rings.clone())),
+            ring: Mutex::new(Ring::new(node.ring_bytes_per_image)),
             lines: Mutex::default(),
             pending: Mutex::default(),
             wakes: Mutex::default(),
@@ -215,17 +218,17 @@ impl Image {
 
     pub(super) fn appended(&self, update: &Update, payload: Bytes) {
         self.head.store(update.header.seq.0, Ordering::Release);
-        let Some(node) = self.node.upgrade() else { return };
-        node.appended_bytes.fetch_add(payload.len() as u64, Ordering::Relaxed);
+        if let Some(node) = self.node.upgrade() {
+            node.appended_bytes.fetch_add(payload.len() as u64, Ordering::Relaxed);
+        }
         let lines = self.lines.lock();
-        if lines.is_empty() {
+        // A copy that feeds nobody keeps nothing: who asks later is served from the log.
+        if !lines.values().any(|l| l.is_feeding()) {
             return;
         }
-        // Only the owner's stream goes on with what is appended; what others may ask for is in the log.
-        if update.header.epoch.host == node.identity.host {
-            self.ring.lock().push(RingItem::new(update, payload));
-        }
-        lines.values().for_each(|l| l.wake());
+        let bytes = payload.len();
+        self.ring.lock().push(RingItem::new(update, payload));
+        lines.values().for_each(|l| l.appended(bytes));
     }
     pub(super) fn head_moved_back(&self) {
         self.head.store(self.store.head().seq.0, Ordering::Release);
@@ -327,14 +330,49 @@ impl Image {
     }
 
     /// The durability point. `done` is called once, from any thread, never from within this call's lock.
+    ///
+    /// A caller outside of the runtime's threads (one of the mount's) makes the local log durable itself while
+    /// the members do the same, which saves waking another thread; as long as enough such callers are left.
     pub fn flush(self: &Arc<Self>, done: FlushDone) {
         let token = self.token(Pending::Flush(done));
-        self.input(Input::Flush { token });
+        let node = self.node();
+        let turn = node.caller_sync();
+        let mut core = self.core.lock();
+        core.sync_here = turn.is_some();
+        let mut out = Vec::new();
+        node.with_env(self, |env| core.machine.handle(env, Input::Flush { token }, &mut out));
+        self.execute(&node, &mut core, out);
+        core.sync_here = false;
+        let due = std::mem::take(&mut core.sync_due);
+        self.unlock(core);
+        if due {
+            self.sync_log();
+        }
+    }
+
+    /// Makes the log durable and tells the machine.
+    pub(super) fn sync_log(self: &Arc<Self>) {
+        match self.store.sync() {
+            Ok(head) => self.input(Input::Synced { head }),
+            Err(e) => {
+                tracing::error!(image = %self.id, "stopped: cannot make the log durable: {e}");
+                self.input(Input::StoreFailed);
+            }
+        }
     }
 
     /// Calls `wake` when a waiting operation should be tried again; at the latest within a second.
     pub fn notify_ready(&self, wake: Wake) {
         self.wakes.lock().push(wake);
+        // The gate may have opened after the caller was turned away and before it asked to be told.
+        let now = self.node().now();
+        let open = {
+            let core = self.core.lock();
+            core.machine.may_read(now) == Gate::Open && core.machine.may_write(now) == Gate::Open
+        };
+        if open {
+            self.wake_all();
+        }
     }
     pub(super) fn wake_all(&self) {
         let wakes = std::mem::take(&mut *self.wakes.lock());
@@ -349,20 +387,45 @@ impl Image {
         Ok(entries.into_iter().map(|e| from_log(&e.update, e.payload)).collect())
     }
 
-    /// Takes an update from the stream of `from`: checks payload, chain and certificate, appends.
-    pub(super) fn take(self: &Arc<Self>, from: HostId, update: &Update, payload: Bytes) {
-        let witness = self.store.kind() == MemberRole::Witness;
-        let whole =
-            if witness { payload.is_empty() } else { payload_matches(&update.header.digests, &payload) };
-        let taken = self.locked(|core, env, out| {
-            if !whole {
-                core.machine.refuse(env, from, Some(update), Refusal::AlteredPayload, out);
-                return false;
-            }
-            self.take_locked(core, env, out, from, update, payload)
-        });
-        if taken {
-            self.took_note(update);
+    /// Takes updates (header and payload) from the stream of `from`, in order: checks payload, chain and
+    /// certificate of each, appends.
+    pub(super) fn take_all(self: &Arc<Self>, from: HostId, updates: Vec<(Bytes, Bytes)>) {
+        let decoded: Vec<_> = updates.into_iter().map(|(h, payload)| (Update::decode(&h), payload)).collect();
+        let whole = match self.store.kind() {
+            MemberRole::Witness => decoded.iter().map(|(_, payload)| payload.is_empty()).collect(),
+            MemberRole::Replica => payloads_match(decoded.iter().map(|(update, payload)| {
+                (update.as_ref().map_or(&[][..], |u| &u.header.digests[..]), &payload[..])
+            })),
+        };
+        let mut rest = decoded.into_iter().zip(whole).peekable();
+        while rest.peek().is_some() {
+            let mut taken = Vec::new();
+            self.locked(|core, env, out| {
+                // What the machine asks for is done before it sees the next one.
+                while out.is_empty()
+                    && let Some(((update, payload), whole)) = rest.next()
+                {
+                    let update = match update {
+                        Ok(update) => update,
+                        Err(e) => {
+                            tracing::debug!(image = %self.id.short(), "a header that does not decode: {e}");
+                            core.machine.refuse(env, from, None, Refusal::Malformed, out);
+                            continue;
+                        }
+                    };
+                    if !whole {
+                        core.machine.refuse(env, from, Some(&update), Refusal::AlteredPayload, out);
+                    } else if self.take_locked(core, env, out, from, &update, payload) {
+                        let ends = matches!(update.header.op, Op::Seal(_));
+                        taken.push(update);
+                        // The content at a Seal is what copies are compared by.
+                        if ends {
+                            return;
+                        }
+                    }
+                }
+            });
+            taken.iter().for_each(|update| self.took_note(update));
         }
     }
 

@@ -3,11 +3,10 @@
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use vmfs_common::chain::Refusal;
-use vmfs_common::header::Update;
 use vmfs_common::msg::{self, ImageMsg};
 use vmfs_common::{HostId, ImageId};
 use vmfs_net::{Answer, Frame, FrameReader, NetError, RequestHandler, StreamHandler};
@@ -15,7 +14,15 @@ use vmfs_proto::Input;
 
 use super::NodeInner;
 use super::ask::{Ask, Told, encode_told};
-use super::image::{Image, SealPin};
+use super::image::SealPin;
+
+/// Most updates, and about the most bytes, taken at a time.
+const BATCH_UPDATES_MAX: usize = 256;
+const BATCH_BYTES_MAX: usize = 2 << 20;
+/// Payload up to which a batch is taken on the network's own thread, and the longest that may last
+/// before the disk counts as slow.
+const INLINE_BYTES_MAX: usize = 128 << 10;
+const INLINE_TIME_MAX: Duration = Duration::from_millis(5);
 
 /// Hands incoming streams and requests to the node.
 pub(super) struct Incoming {
@@ -87,23 +94,72 @@ async fn read_stream(
     if replaced && let Some(image) = node.image(image) {
         image.bounce(from);
     }
+    let mut batch = Vec::new();
     while let Some(frame) = frames.next().await? {
-        match frame {
-            Frame::Control(body) => match msg::decode::<ImageMsg>(&body) {
+        // What has arrived together is taken together: one change of threads for all of it.
+        let mut bytes = queue_update(node, from, image, frame, &mut batch);
+        while bytes < BATCH_BYTES_MAX && batch.len() < BATCH_UPDATES_MAX {
+            match frames.next_ready() {
+                Ok(Some(frame)) => bytes += queue_update(node, from, image, frame, &mut batch),
+                Ok(None) => break,
+                Err(e) => {
+                    take_updates(node, from, image, &mut batch);
+                    return Err(e);
+                }
+            }
+        }
+        take_updates(node, from, image, &mut batch);
+    }
+    Ok(())
+}
+
+/// Queues an update and says how long it is. A control message is handled at once, after the updates that
+/// came before it.
+fn queue_update(
+    node: &Arc<NodeInner>,
+    from: HostId,
+    image: ImageId,
+    frame: Frame,
+    batch: &mut Vec<(Bytes, Bytes)>,
+) -> usize {
+    match frame {
+        Frame::Update { header, payload } => {
+            let bytes = header.len() + payload.len();
+            batch.push((header, payload));
+            bytes
+        }
+        Frame::Control(body) => {
+            take_updates(node, from, image, batch);
+            match msg::decode::<ImageMsg>(&body) {
                 Ok(m) => on_message(node, from, image, m),
                 Err(e) => {
                     node.malformed_frames.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(peer = %from.short(), "a control message that does not decode: {e}");
                 }
-            },
-            Frame::Update { header, payload } => {
-                if let Some(image) = node.image(image) {
-                    on_update(&image, from, &header, payload);
-                }
             }
+            body.len()
         }
     }
-    Ok(())
+}
+
+/// Hands a batch to the image. A small one is taken on this thread, which is cheaper than handing the
+/// others' work over; not while the disk has been slow of late, since this thread serves other streams too.
+fn take_updates(node: &Arc<NodeInner>, from: HostId, image: ImageId, batch: &mut Vec<(Bytes, Bytes)>) {
+    let updates = std::mem::take(batch);
+    if updates.is_empty() {
+        return;
+    }
+    let Some(image) = node.image(image) else { return };
+    let bytes: usize = updates.iter().map(|(_, payload)| payload.len()).sum();
+    if bytes > INLINE_BYTES_MAX || node.disk_was_slow() {
+        tokio::task::block_in_place(|| image.take_all(from, updates));
+        return;
+    }
+    let began = Instant::now();
+    image.take_all(from, updates);
+    if began.elapsed() > INLINE_TIME_MAX {
+        node.note_slow_disk();
+    }
 }
 
 fn on_message(node: &Arc<NodeInner>, from: HostId, id: ImageId, message: ImageMsg) {
@@ -122,16 +178,6 @@ fn on_message(node: &Arc<NodeInner>, from: HostId, id: ImageId, message: ImageMs
         (None, _) => return,
     };
     image.input(Input::Msg { from, msg: Box::new(message) });
-}
-
-fn on_update(image: &Arc<Image>, from: HostId, header: &[u8], payload: Bytes) {
-    match Update::decode(header) {
-        Ok(update) => tokio::task::block_in_place(|| image.take(from, &update, payload)),
-        Err(e) => {
-            tracing::debug!(image = %image.id.short(), "a header that does not decode: {e}");
-            image.locked(|core, env, out| core.machine.refuse(env, from, None, Refusal::Malformed, out));
-        }
-    }
 }
 
 impl RequestHandler for Handler {

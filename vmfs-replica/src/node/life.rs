@@ -14,7 +14,6 @@ use vmfs_proto::{Input, OpError};
 
 use super::NodeInner;
 use super::image::{Image, Pending};
-use super::memory::{self, GiveBack};
 
 /// How often machines whose deadline has come are called, in milliseconds.
 const TICK_MS: u64 = 10;
@@ -135,16 +134,12 @@ impl NodeInner {
         let stopping = self.stopping();
         let (mut last_sweep, mut last_look) = (self.now(), self.now());
         let (mut appended, mut busy) = (0, false);
-        let mut give_back = GiveBack::default();
         while !*stopping.borrow() {
             // Prewriting segments competes with the writes it is to speed up: it waits for a calm moment.
             if self.now().since(last_look) >= LOOK_MS {
                 last_look = self.now();
                 let before = std::mem::replace(&mut appended, self.appended_bytes.load(Ordering::Relaxed));
                 busy = appended - before > BUSY_BYTES;
-                if give_back.is_due(last_look, appended, busy) {
-                    memory::give_back();
-                }
             }
             let budget = if busy { 0 } else { BACKGROUND_BYTES };
             let more = self.store.background(budget).unwrap_or_else(|e| {
@@ -207,12 +202,7 @@ impl Image {
         let wanted = status.members.iter().map(|m| m.durable_seq).min();
         if let Some(seq) = wanted {
             self.store.retain_from(seq.next());
-        }
-        let mut ring = self.ring.lock();
-        match wanted {
-            Some(seq) if status.owner == Some(self.node().identity.host) => ring.trim_below(seq.next()),
-            // An owner once, or without members: nobody will ask.
-            _ => ring.clear(),
+            self.ring.lock().trim_below(seq.next());
         }
     }
 

@@ -4,6 +4,8 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -20,6 +22,14 @@ use super::ring::RingItem;
 const MESSAGES_MAX: usize = 4096;
 /// Bytes taken from the ring or the log at a time.
 const BATCH_BYTES: usize = 4 << 20;
+
+/// How long small updates are collected once they keep coming. What is lost with the owner's host when
+/// nobody flushes grows by no more than this.
+const LINGER: Duration = Duration::from_millis(1);
+/// Small updates are handed to the connection together, about this much at a time.
+const GROUP_BYTES: usize = 64 << 10;
+/// Payload that is sent without waiting for more.
+const EAGER_BYTES: usize = 32 << 10;
 
 /// Updates to send from somewhere on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +64,12 @@ pub(crate) struct Line {
     pub(crate) session: u64,
     queue: Mutex<Queue>,
     notify: Notify,
+    /// There is a feed that goes on with whatever is appended.
+    feeding: AtomicBool,
+    /// The task looks for updates by itself before long: appends need not wake it.
+    lingering: AtomicBool,
+    /// Payload appended since the task last looked, in bytes.
+    unsent: AtomicUsize,
 }
 
 enum Work {
@@ -66,7 +82,15 @@ enum Work {
 impl Line {
     /// A line and its task. `head` of the image wakes it through [`Line::wake`].
     pub(crate) fn start(image: &Arc<Image>, network: &Network, peer: HostId, session: u64) -> Arc<Self> {
-        let line = Arc::new(Self { peer, session, queue: Mutex::default(), notify: Notify::new() });
+        let line = Arc::new(Self {
+            peer,
+            session,
+            queue: Mutex::default(),
+            notify: Notify::new(),
+            feeding: AtomicBool::new(false),
+            lingering: AtomicBool::new(false),
+            unsent: AtomicUsize::new(0),
+        });
         let (task, image, network) = (line.clone(), image.clone(), network.clone());
         image.node().spawn(async move {
             let end = match network.open_stream(peer, image.id) {
@@ -100,8 +124,20 @@ impl Line {
         let (seq, reported) = &mut self.queue.lock().sent;
         (!std::mem::replace(reported, true)).then_some(*seq)
     }
-    pub(crate) fn wake(&self) {
-        self.notify.notify_one();
+    /// True while the peer is sent what is appended.
+    pub(crate) fn is_feeding(&self) -> bool {
+        self.feeding.load(Ordering::Acquire)
+    }
+    /// An update with this much payload was appended. While updates keep coming the task collects them
+    /// for [`LINGER`] or up to [`EAGER_BYTES`]; nobody waits for them before a flush, and that wakes it.
+    pub(crate) fn appended(&self, bytes: usize) {
+        let unsent = self.unsent.fetch_add(bytes, Ordering::AcqRel) + bytes;
+        // Either this sees that the task waits for a call, or the task, which says so before its last look,
+        // sees the new head.
+        fence(Ordering::SeqCst);
+        if unsent >= EAGER_BYTES || !self.lingering.load(Ordering::SeqCst) {
+            self.notify.notify_one();
+        }
     }
     pub(crate) fn send(&self, message: ImageMsg) {
         let mut q = self.queue.lock();
@@ -115,12 +151,14 @@ impl Line {
     }
     pub(crate) fn feed(&self, after: Seq, headers_only: bool) {
         self.queue.lock().feed = Some(Feed { next: after.next(), headers_only, upto: None });
+        self.feeding.store(true, Ordering::Release);
         self.notify.notify_one();
     }
     pub(crate) fn stop_feed(&self) {
         let mut q = self.queue.lock();
         q.feed = None;
         q.sync = None;
+        self.feeding.store(false, Ordering::Release);
     }
     pub(crate) fn serve(&self, after: Seq, upto: Seq, headers_only: bool) {
         self.queue.lock().serve = Some(Feed { next: after.next(), headers_only, upto: Some(upto) });
@@ -165,14 +203,27 @@ impl Line {
     async fn run(&self, image: &Arc<Image>, mut stream: StreamSender) -> Result<(), NetError> {
         // A stream nothing was sent on does not exist yet, so it cannot have been closed either.
         let mut is_open = false;
+        // Updates were sent since the last wait: more are likely to follow.
+        let mut busy = false;
         loop {
             match self.next_work(image.head_seq()) {
                 Work::Closed => return Ok(()),
                 Work::Message(m) => stream.send_control(Bytes::from(msg::encode(&*m))).await?,
-                Work::Feed(feed, serving) => self.send_batch(image, &mut stream, feed, serving).await?,
+                Work::Feed(feed, serving) => {
+                    self.unsent.store(0, Ordering::Release);
+                    busy = true;
+                    self.send_batch(image, &mut stream, feed, serving).await?;
+                }
                 Work::Idle => {
+                    let linger = std::mem::take(&mut busy);
+                    if self.lingering.swap(linger, Ordering::SeqCst) && !linger {
+                        // What was appended just before did not wake us: it is looked for once more.
+                        fence(Ordering::SeqCst);
+                        continue;
+                    }
                     tokio::select! {
                         () = self.notify.notified() => {}
+                        () = tokio::time::sleep(LINGER), if linger => {}
                         () = stream.closed(), if is_open => return Err(NetError::Broken),
                     }
                     continue;
@@ -199,30 +250,44 @@ impl Line {
                 }
             },
         };
-        for item in items {
-            if feed.upto.is_some_and(|u| item.seq > u) || !self.advance(&feed, item.seq, serving) {
-                return Ok(());
+        let mut group: Vec<(Bytes, Bytes)> = Vec::new();
+        let (mut group_bytes, mut last) = (0, feed.next.prev());
+        let mut items = items.into_iter().peekable();
+        while let Some(RingItem { seq, header, payload }) = items.next() {
+            if feed.upto.is_some_and(|u| seq > u) || !self.advance(&feed, seq, serving) {
+                break;
             }
-            let RingItem { seq, header, payload } = item;
-            if feed.headers_only || payload.is_empty() {
-                stream.send_update(header, &[]).await?;
-            } else {
-                stream.send_update(header, &[payload]).await?;
+            let payload = if feed.headers_only { Bytes::new() } else { payload };
+            group_bytes += header.len() + payload.len();
+            group.push((header, payload));
+            last = seq;
+            if group_bytes < GROUP_BYTES && items.peek().is_some() {
+                continue;
             }
-            // What has a deadline goes between two updates.
-            while let Some(m) = self.between_updates(seq, serving) {
+            stream.send_updates(&group).await?;
+            group.clear();
+            group_bytes = 0;
+            // What has a deadline goes between two groups.
+            while let Some(m) = self.between_updates(last, serving) {
                 stream.send_control(Bytes::from(msg::encode(&m))).await?;
             }
+        }
+        if !group.is_empty() {
+            stream.send_updates(&group).await?;
+            self.note_sent(last, serving);
         }
         Ok(())
     }
 
     fn between_updates(&self, seq: Seq, serving: bool) -> Option<ImageMsg> {
-        let mut q = self.queue.lock();
+        self.note_sent(seq, serving);
+        self.queue.lock().messages.pop_front()
+    }
+
+    fn note_sent(&self, seq: Seq, serving: bool) {
         if !serving {
-            q.sent = (seq, false);
+            self.queue.lock().sent = (seq, false);
         }
-        q.messages.pop_front()
     }
 
     /// Moves the feed past `seq`; false when it was stopped or restarted meanwhile.
@@ -248,6 +313,7 @@ impl Line {
             q.serve = None;
         } else {
             q.feed = None;
+            self.feeding.store(false, Ordering::Release);
         }
         drop(q);
         image.feed_failed(self.peer, feed.upto.filter(|_| serving));

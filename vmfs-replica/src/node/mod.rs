@@ -15,7 +15,6 @@ mod incoming;
 mod io;
 mod life;
 mod line;
-mod memory;
 mod repair;
 mod ring;
 mod scrub;
@@ -25,7 +24,7 @@ mod sync;
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -76,7 +75,7 @@ pub struct NodeInner {
     known_stores: Mutex<BTreeMap<HostId, StoreId>>,
     started: Instant,
     claims_version: AtomicU64,
-    rings: Arc<ring::RingBudget>,
+    pub(crate) ring_bytes_per_image: usize,
     sync_server: Arc<SyncServer>,
     peer_claims: Mutex<claims::PeerClaims>,
     stopping: tokio::sync::watch::Sender<bool>,
@@ -85,12 +84,30 @@ pub struct NodeInner {
     pub(crate) scrubs: scrub::Scrubs,
     /// Payload appended so far, over all images.
     pub(crate) appended_bytes: AtomicU64,
+    /// Until then (this node's clock) nothing that touches the disk runs on the network's threads.
+    slow_disk_until: AtomicU64,
+    /// Threads of callers that are inside a local sync.
+    pub(crate) caller_syncs: AtomicUsize,
     /// Refusals before any image was involved, by reason, and the like.
     pub(crate) malformed_frames: AtomicU64,
 }
 
+/// For how long a slow disk is remembered, in milliseconds.
+const SLOW_DISK_MS: u64 = 10_000;
 /// This node's clock starts here, so that "zero" is long ago.
 const CLOCK_START_MS: u64 = 1_000_000;
+
+/// Callers that may be inside a local sync at a time; the mount has more threads than that.
+const CALLER_SYNCS_MAX: usize = 2;
+
+/// See [`NodeInner::caller_sync`].
+pub(crate) struct CallerSync<'a>(&'a AtomicUsize);
+
+impl Drop for CallerSync<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
 
 impl NodeInner {
     /// Milliseconds on this node's monotonic clock.
@@ -110,6 +127,22 @@ impl NodeInner {
     }
     pub(crate) fn blocking(&self, work: impl FnOnce() + Send + 'static) {
         self.runtime.spawn_blocking(work);
+    }
+    /// The disk has kept a small write waiting.
+    pub(crate) fn note_slow_disk(&self) {
+        self.slow_disk_until.store(self.now().0 + SLOW_DISK_MS, Ordering::Relaxed);
+    }
+    pub(crate) fn disk_was_slow(&self) -> bool {
+        self.now().0 < self.slow_disk_until.load(Ordering::Relaxed)
+    }
+    /// A caller's turn to sync a log on its own thread: not one of the runtime's, which serve others
+    /// meanwhile, and no more than [`CALLER_SYNCS_MAX`] at a time.
+    pub(crate) fn caller_sync(&self) -> Option<CallerSync<'_>> {
+        if Handle::try_current().is_ok() {
+            return None;
+        }
+        let turn = CallerSync(&self.caller_syncs);
+        (turn.0.fetch_add(1, Ordering::AcqRel) < CALLER_SYNCS_MAX).then_some(turn)
     }
     pub(crate) fn random_u64(&self) -> u64 {
         let mut b = [0; 8];

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -18,7 +18,6 @@ use vmfs_store::{ImageStore, Store, StoreError};
 
 use super::image::Image;
 use super::incoming::{Handler, Incoming};
-use super::ring::RingBudget;
 use super::sync::SyncServer;
 use super::{Node, NodeInner, fill_random};
 
@@ -117,7 +116,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
     let mut serial = [0; 4];
     fill_random(&mut serial);
     let first_claims_version = u64::from(u32::from_le_bytes(serial)) << 16;
-    let rings = RingBudget::new(usize::try_from(config.replication.ring.bytes()).unwrap_or(usize::MAX));
+    let ring_bytes_per_image = usize::try_from(config.replication.ring.bytes() / 2).unwrap_or(16 << 20);
     let node = Arc::new(NodeInner {
         identity,
         timing,
@@ -131,11 +130,13 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
         started: Instant::now(),
         // Not the same after a restart, so that nobody takes the new claims for the old ones.
         claims_version: AtomicU64::new(first_claims_version),
-        rings,
+        ring_bytes_per_image,
         sync_server: Arc::new(SyncServer::default()),
         peer_claims: Mutex::default(),
         stopping: watch::Sender::new(false),
         malformed_frames: AtomicU64::new(0),
+        slow_disk_until: AtomicU64::new(0),
+        caller_syncs: AtomicUsize::new(0),
         appended_bytes: AtomicU64::new(0),
         scrubs: super::scrub::Scrubs::default(),
         mount_seen: AtomicU64::new(u64::MAX),
