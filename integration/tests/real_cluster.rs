@@ -109,6 +109,71 @@ fn two_hosts_and_a_witness(name: &str) -> Cluster {
     cluster
 }
 
+/// Promotes on b, whose only other copy has just gone, and uses the image: no lease is waited for.
+fn take_over_at_once(cluster: &Cluster) {
+    let start = Instant::now();
+    let said = cluster.vmfs("b", &["promote", "disk.raw"]).ok();
+    let promoted = start.elapsed();
+    let file = std::fs::File::options().write(true).open(cluster.file("b", "disk.raw")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[9; 4096], 16 << 20).unwrap();
+    file.sync_all().unwrap();
+    let flushed = start.elapsed();
+    println!("{promoted:?}, with a flush {flushed:?}: {}", said.stdout.trim());
+    assert!(promoted < secs(1), "promotion took {promoted:?}");
+    assert!(flushed < secs(1) + promoted, "the first flush was over after {flushed:?}");
+    assert!(said.stdout.contains("nothing acknowledged is missing"), "{said}");
+    assert!(said.stdout.contains("not connected: a"), "the lack of a copy is said: {said}");
+    assert_eq!(cluster.image("b", "disk.raw").unwrap().state, "degraded");
+}
+
+#[test]
+fn a_silent_death_of_the_owner_costs_no_lease_either() {
+    let cluster = two_hosts_and_a_witness("silent");
+    let file = std::fs::File::create_new(cluster.file("a", "disk.raw")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &bytes::noise(1, 1 << 20), 0).unwrap();
+    file.sync_all().unwrap();
+    cluster.wait_in_sync("disk.raw");
+    // Not a packet from it or to it any more, and nobody has been told.
+    cluster.network().cut(cluster.pid("a"));
+    take_over_at_once(&cluster);
+    cluster.network().heal();
+    drop(file);
+    until_true("a follows", secs(30), || cluster.image("a", "disk.raw").is_some_and(|i| i.role == "replica"));
+    cluster.assert_copies_identical("disk.raw");
+}
+
+#[test]
+fn with_stall_a_survivor_says_that_flushes_wait_for_a_second_copy() {
+    let cluster = two_hosts_and_a_witness("stall");
+    let file = std::fs::File::create_new(cluster.file("a", "disk.raw")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &bytes::noise(1, 1 << 20), 0).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    cluster.wait_in_sync("disk.raw");
+    let _ = cluster.vmfs("a", &["policy", "set", "disk.raw", "--on-quorum-loss", "stall"]).ok();
+    cluster.wait_in_sync("disk.raw");
+    cluster.kill9("a");
+    let start = Instant::now();
+    let said = cluster.vmfs("b", &["promote", "disk.raw"]).ok();
+    assert!(start.elapsed() < secs(1), "promotion took {:?}", start.elapsed());
+    let waits = "flushes wait for one more copy of the data; not connected: a";
+    assert!(said.stdout.contains(waits), "{said}");
+    let image = cluster.image("b", "disk.raw").unwrap();
+    assert_eq!(image.state, "stalled");
+    let status = cluster.vmfs("b", &["status"]).ok().stdout;
+    assert!(status.contains("stalled") && status.contains(waits), "{status}");
+    // Reading and writing go on; a flush waits, and is over when the copy is back.
+    let file = std::fs::File::options().read(true).write(true).open(cluster.file("b", "disk.raw")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[9; 4096], 0).unwrap();
+    let flush = std::thread::spawn(move || file.sync_all());
+    std::thread::sleep(secs(4));
+    assert!(!flush.is_finished(), "nothing is acknowledged with one copy");
+    cluster.restart("a");
+    flush.join().unwrap().unwrap();
+    cluster.assert_copies_identical("disk.raw");
+    assert_eq!(cluster.image("b", "disk.raw").unwrap().state, "ok");
+}
+
 #[test]
 fn two_hosts_and_a_witness_survive_the_owner() {
     let cluster = two_hosts_and_a_witness("twoplus");
@@ -136,11 +201,7 @@ fn two_hosts_and_a_witness_survive_the_owner() {
     assert_eq!(cluster.image("w", "disk.raw").unwrap().role, "witness");
 
     cluster.kill9("a");
-    let start = Instant::now();
-    let said = cluster.vmfs("b", &["promote", "disk.raw"]).ok();
-    println!("{:?}: {}", start.elapsed(), said.stdout.trim());
-    // With one copy of the data left, the policy degrades first, which waits a little for the other.
-    assert!(start.elapsed() < secs(8), "promotion took {:?}", start.elapsed());
+    take_over_at_once(&cluster);
     assert_eq!(std::fs::read(cluster.file("b", "disk.raw")).unwrap(), content);
     // A witness holds no data: with it alone nobody can become owner.
     let _ = cluster.vmfs("w", &["promote", "disk.raw"]).refused(1);

@@ -133,6 +133,51 @@ fn killed_hosts_leave_nothing_behind_and_are_started_again() {
 }
 
 #[test]
+fn hosts_killed_a_moment_ago_are_not_taken_for_running() {
+    let place = Place::new();
+    place.ok(&["up", "vs", "--detach"]);
+    // Something to take apart when it dies.
+    std::fs::write(place.dir().join("a/mnt/x.img"), vec![7; 32 << 20]).unwrap();
+    let ports = ["a", "b", "c"].map(|h| listen(&place.dir(), h));
+    for round in 0..4 {
+        let hosts: &[&str] = if round % 2 == 0 { &["a"] } else { &["a", "b", "c"] };
+        let killed: Vec<u32> = hosts.iter().map(|h| place.pid(h).unwrap()).collect();
+        killed.iter().for_each(|pid| signal(*pid, Signal::KILL));
+        // At once: no waiting here.
+        place.ok(&["up", "vs", "--detach"]);
+        for (host, old) in hosts.iter().zip(killed) {
+            assert!(place.pid(host).is_some_and(|new| new != old) && place.is_mounted(host), "{host}");
+        }
+        assert_eq!(
+            ["a", "b", "c"].map(|h| listen(&place.dir(), h)),
+            ports,
+            "a dying daemon's port is its own"
+        );
+    }
+    signal(place.pid("b").unwrap(), Signal::KILL);
+    place.ok(&["down", "vs"]);
+    place.assert_nothing_left();
+}
+
+#[test]
+fn launcher_killed_a_moment_ago_is_not_taken_for_running() {
+    let place = Place::new();
+    let mut front = place.front();
+    for host in ["a", "b"] {
+        signal(place.pid(host).unwrap(), Signal::KILL);
+    }
+    signal(front.id(), Signal::KILL);
+    let mut second = place.front();
+    front.wait().unwrap();
+    for host in ["a", "b"] {
+        assert!(place.pid(host).is_some() && place.is_mounted(host), "{host}");
+    }
+    signal(second.id(), Signal::INT);
+    assert_eq!(second.wait().unwrap().code(), Some(0));
+    place.assert_nothing_left();
+}
+
+#[test]
 fn launcher_in_front_stops_on_interrupt_and_for_down() {
     let place = Place::new();
     let mut front = place.front();

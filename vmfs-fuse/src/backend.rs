@@ -165,8 +165,8 @@ pub trait Backend: Send + Sync + 'static {
     /// owns the image but cannot append yet (the mount repeats it).
     fn rename_claim(&self, id: ImageId, path: &str) -> Result<(), Errno>;
 
-    /// The chain says that the name is gone; the undelete window begins. Idempotent, also for an
-    /// image that is unlinked or gone. The mount calls it after the last close.
+    /// The chain says that the name is gone. Idempotent, also for an image that is unlinked or gone.
+    /// The content lives on while views are open here; the undelete window begins when none is.
     ///
     /// # Errors
     /// `EROFS` when this host is not the owner; `EAGAIN` when it owns the image but cannot append

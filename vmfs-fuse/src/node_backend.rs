@@ -8,7 +8,7 @@ use parking_lot::RwLock;
 use vmfs_common::op::Op;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{BLOCK_BYTES_U64, BlockIndex, ImageId};
-use vmfs_replica::node::{CreateError, Image, IoError, Node, View as Frozen};
+use vmfs_replica::node::{CreateError, IN_USE, Image, IoError, Node, View as Frozen};
 use vmfs_store::StoreError;
 
 use crate::backend::{
@@ -137,12 +137,7 @@ impl Backend for NodeBackend {
 
     fn unlink(&self, id: ImageId) -> Result<(), Errno> {
         let Ok(image) = self.image(id) else { return Ok(()) };
-        if image.state().unlinked {
-            return Ok(());
-        }
-        image.control(|state| (!state.unlinked).then_some(Op::Unlink)).map_err(|e| errno(&e))?;
-        self.node.note_claims();
-        Ok(())
+        image.unlink().map_err(|e| errno(&e))
     }
 
     fn stat(&self, id: ImageId, view: Option<View>) -> Result<ImageStat, Errno> {
@@ -179,7 +174,7 @@ impl Backend for NodeBackend {
     }
 
     fn xattr_list(&self, id: ImageId) -> Result<Vec<String>, Errno> {
-        Ok(self.image(id)?.state().xattrs.keys().cloned().collect())
+        Ok(self.image(id)?.state().xattrs.keys().filter(|name| *name != IN_USE).cloned().collect())
     }
 
     fn xattr_set(&self, id: ImageId, name: &str, value: Option<&[u8]>) -> Result<(), Errno> {
@@ -198,6 +193,7 @@ impl Backend for NodeBackend {
         if image.kind() == MemberRole::Witness {
             return Err(Errno::IO);
         }
+        image.note_open();
         let lineage = image.lineage();
         if write || image.is_owner_here() {
             return Ok(View { lineage, pin: None });
@@ -207,7 +203,10 @@ impl Backend for NodeBackend {
         Ok(View { lineage, pin: Some(pin) })
     }
 
-    fn close(&self, _id: ImageId, view: View) {
+    fn close(&self, id: ImageId, view: View) {
+        if let Ok(image) = self.image(id) {
+            image.note_close();
+        }
         if let Some(pin) = view.pin {
             self.pins.write().remove(&pin);
         }

@@ -452,6 +452,15 @@ impl Machine {
         self.state.members.all().iter().map(|m| (m.host, of(m.host))).collect()
     }
 
+    /// Members that have said nothing to a bid that the operator ordered. His word stands for the lease
+    /// that would have to pass before they are given up: copies of data are at stake, never votes.
+    pub(crate) fn absent_from_election(&self) -> BTreeSet<HostId> {
+        let ordered = matches!(&self.role, RoleState::Candidate(c) if c.occasion == Occasion::Operator);
+        let answers = if ordered { self.answers() } else { Vec::new() };
+        let mute = |a: &Answer| matches!(a, Answer::Silent | Answer::Unreachable);
+        answers.iter().filter(|(_, a)| mute(a)).map(|(h, _)| *h).collect()
+    }
+
     /// Enough votes, by the list at the head and by the one before a weakening that may not be committed.
     pub(crate) fn has_quorum(&self) -> bool {
         let RoleState::Candidate(c) = &self.role else { return false };

@@ -40,4 +40,5 @@ pub use api::{Contact, Env, Event, Gate, Identity, Input, Output, Refused, Take,
 pub use loss::Loss;
 pub use machine::Machine;
 pub use ops::{Answer, FlushError, OpError, OpOutcome};
+pub use owner::flush::Shortage;
 pub use status::{Health, MemberStatus, Role, Status};

@@ -338,6 +338,11 @@ impl Machine {
     }
 
     fn message(&mut self, env: &mut Env<'_>, from: HostId, msg: ImageMsg, out: &mut Vec<Output>) {
+        if let RoleState::Owner(o) = &mut self.role
+            && let Some(link) = o.links.get_mut(&from)
+        {
+            link.absent = false;
+        }
         match msg {
             ImageMsg::Propose { proposal, occasion, head, consent, role: _ } => {
                 self.on_propose(env, from, proposal, occasion, head, consent, out);

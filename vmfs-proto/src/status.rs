@@ -8,6 +8,7 @@ use vmfs_common::{Epoch, Head, HostId, Millis, Seq};
 
 use crate::follower::BlockSync;
 use crate::machine::{Machine, RoleState};
+use crate::owner::flush::Shortage;
 
 /// What this host is to the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,7 +47,8 @@ pub struct MemberStatus {
     pub role: MemberRole,
     /// False while it is catching up before its admission: no vote, no ack.
     pub admitted: bool,
-    /// A connection to it is up (true for this host).
+    /// A connection to it is up, and it has not been silent when it was asked for its vote (true for this
+    /// host).
     pub connected: bool,
     /// How it does.
     pub health: Health,
@@ -79,6 +81,8 @@ pub struct Status {
     pub health: Health,
     /// Flushes are acknowledged with fewer data copies than the policy wants (or with the owner alone).
     pub degraded: bool,
+    /// What flushes wait for, at the owner.
+    pub shortage: Shortage,
     /// The latest epoch was forced: promises 1, 4 and 5 do not hold across it.
     pub forced: bool,
     /// Grows whenever updates that this copy has shown are cut off: handles opened under an older
@@ -120,6 +124,10 @@ impl Machine {
             commit,
             health: self.health(now),
             degraded,
+            shortage: match &self.role {
+                RoleState::Owner(o) => o.shortage,
+                _ => Shortage::default(),
+            },
             forced: self.meta.forced.is_some(),
             lineage: self.meta.lineage,
             policy: self.state.policy,
@@ -138,7 +146,7 @@ impl Machine {
                 let stalled = self.flushes.front().is_some_and(|f| now.since(f.since) > self.timing.lease_ms);
                 let gate = self.may_write(now);
                 let missing = o.links.values().any(|l| l.admitted && (!l.streaming || l.acked < o.commit));
-                if gate != crate::api::Gate::Open || stalled {
+                if gate != crate::api::Gate::Open || stalled || o.shortage.is_any() {
                     Health::Stalled
                 } else if o.degraded || o.reduced || missing {
                     Health::Degraded
@@ -163,11 +171,12 @@ impl Machine {
         let head = self.state.head().seq;
         let row = |host: HostId, role: MemberRole, admitted: bool| {
             let mine = host == self.id.host;
-            let connected = mine || self.connected.contains(&host);
             let link = match &self.role {
                 RoleState::Owner(o) => o.links.get(&host).map(|l| (o, l)),
                 _ => None,
             };
+            let absent = link.is_some_and(|(_, l)| l.absent);
+            let connected = mine || (self.connected.contains(&host) && !absent);
             let (health, seq, durable_seq, lag_bytes) = match link {
                 _ if mine => (self.health(now), head, self.durable.seq, 0),
                 Some((_, l)) if l.fenced => (Health::Fenced, l.sent, l.acked, 0),

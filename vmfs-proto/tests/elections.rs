@@ -10,7 +10,8 @@ use vmfs_common::policy::MemberRole::{self, Replica, Witness};
 use vmfs_common::policy::{Acks, ImagePolicy, OnQuorumLoss};
 use vmfs_common::{Epoch, Seq};
 use vmfs_proto::testing::{At, Cluster, Packet};
-use vmfs_proto::{Answer, Event, Gate, Health, Input, Loss, OpError, OpOutcome, Refused, Role, Wait};
+use vmfs_proto::{Answer, Event, Gate, Health, Input, Loss, OpError, OpOutcome};
+use vmfs_proto::{Refused, Role, Shortage, Wait};
 
 const STALL: ImagePolicy = ImagePolicy { acks: Acks::Majority, on_quorum_loss: OnQuorumLoss::Stall };
 const DEGRADE: ImagePolicy = ImagePolicy { acks: Acks::Majority, on_quorum_loss: OnQuorumLoss::Degrade };
@@ -178,6 +179,55 @@ fn a_degraded_acknowledgement_is_known_to_every_quorum() {
     assert!(c.holds(owner, kept));
     c.until("full copies again", 10_000, |c| !c.status(c.owner().unwrap_or(0)).degraded);
     c.until("at the other replica", 5000, |c| c.holds(1, kept));
+}
+
+#[test]
+fn an_ordered_promotion_does_not_wait_a_lease_for_the_data_member_that_died() {
+    for silent in [false, true] {
+        let mut c = cluster(&[Replica, Replica, Witness], DEGRADE);
+        let before = c.write_and_flush(0);
+        // At once: neither end of any connection has noticed.
+        if silent {
+            c.isolate(0)
+        } else {
+            c.kill(0)
+        }
+        let begun = c.now;
+        let answer = promote(&mut c, 1);
+        assert!(matches!(answer, Ok(OpOutcome::Promoted { loss: Loss::Nothing, .. })), "{answer:?}");
+        let after = c.write_and_flush(1);
+        let took = c.now.since(begun);
+        assert!(took < 400 && took < c.timing.lease_ms, "{took} ms, silent {silent}");
+        assert!(c.status(1).degraded && !c.status(1).shortage.is_any());
+        assert_ne!(c.nodes[2].log.last().unwrap().0.header.flags & FLAG_DEGRADED, 0, "a quorum knows of it");
+        // The old owner may live on the other side: nothing of its is acknowledged.
+        if silent {
+            c.writes(0, 1);
+            let token = c.flush(0);
+            c.run(c.timing.lease_ms);
+            assert_eq!(c.flushed.get(&token), None);
+        }
+        c.heal_all();
+        c.until("full copies again", 10_000, |c| c.holds(0, after) && !c.status(1).degraded);
+        assert!(c.holds(0, before) && c.owner() == Some(1));
+    }
+}
+
+#[test]
+fn a_promotion_without_a_second_copy_says_at_once_that_flushes_wait() {
+    let mut c = cluster(&[Replica, Replica, Witness], STALL);
+    c.write_and_flush(0);
+    c.isolate(0);
+    assert!(promote(&mut c, 1).is_ok());
+    let status = c.status(1);
+    assert_eq!((status.health, status.shortage), (Health::Stalled, Shortage { votes: 0, copies: 1 }));
+    c.writes(1, 1);
+    let token = c.flush(1);
+    c.run(10_000);
+    assert_eq!((c.flushed.get(&token), c.status(1).health), (None, Health::Stalled));
+    c.heal_all();
+    assert_eq!(c.flush_answer(token), Ok(()));
+    c.until("nothing is short", 5000, |c| c.status(1).health == Health::Ok && !c.status(1).shortage.is_any());
 }
 
 #[test]

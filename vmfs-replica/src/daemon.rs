@@ -75,6 +75,8 @@ pub fn run<M>(
                 .max_blocking_threads(64)
                 .build()
                 .context("cannot start threads")?;
+            // Before and after everything else: without it, nothing of this daemon is in use.
+            let _pid = config.control.pid_file.as_deref().map(PidFile::create).transpose()?;
             let result = runtime.block_on(serve(config, roles, attach));
             // What still runs holds nothing that is not durable.
             runtime.shutdown_timeout(std::time::Duration::from_secs(2));
@@ -129,7 +131,6 @@ async fn serve<M>(
 ) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
-    let _pid = config.control.pid_file.as_deref().map(PidFile::create).transpose()?;
     let server = ControlServer::bind(&config.control.socket)?;
     let metrics = match config.control.metrics_listen {
         Some(address) => Some(crate::api::MetricsServer::bind(address).await?),

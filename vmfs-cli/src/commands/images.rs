@@ -125,8 +125,9 @@ pub(super) async fn promote(ask: &Ask, image: &str, force: bool, members: &[Host
     let report: PromoteReport = ask.long("/v1/promote", &PromoteRequest { image, force, members }).await?;
     ask.output.show(&report, |r| {
         let lineage = if r.forced { ", in a separate lineage" } else { "" };
+        let warning = r.warning.as_ref().map_or_else(String::new, |w| format!("{}: {w}\n", r.image));
         format!(
-            "{}: owned by this host since epoch {}{lineage} ({} ms); {}\n",
+            "{}: owned by this host since epoch {}{lineage} ({} ms); {}\n{warning}",
             r.image, r.epoch, r.elapsed_ms, r.loss
         )
     })

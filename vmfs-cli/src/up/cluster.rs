@@ -13,6 +13,7 @@ use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vmfs_common::config::{
@@ -21,12 +22,15 @@ use vmfs_common::config::{
 };
 use vmfs_net::HostRole;
 use vmfs_net::pki::{init_datastore, invite};
-use vmfs_replica::{config_file, pid_file};
+use vmfs_replica::config_file;
+use vmfs_replica::pid_file::{self, ENDING_MAX, Holder};
 
 use crate::error::{CliError, CliResult};
 
 const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 const HOSTS_DEFAULT: u8 = 3;
+/// Between two looks whether a killed daemon is gone.
+const SETTLE_POLL: Duration = Duration::from_millis(10);
 /// Longest path of a Unix socket on Linux.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Format of `cluster.json`.
@@ -64,6 +68,10 @@ impl Host {
     }
     pub(super) fn log(&self) -> PathBuf {
         self.dir.join("vmfs.log")
+    }
+    /// Whoever holds its pid file.
+    pub(super) fn holder(&self) -> CliResult<Holder> {
+        pid_file::holder(&self.pid_file()).map_err(|e| at(&self.pid_file(), &e))
     }
     /// Its daemon, when it runs.
     pub(super) fn pid(&self) -> CliResult<Option<u32>> {
@@ -161,6 +169,23 @@ impl Cluster {
 
     pub(super) fn hosts(&self) -> &[Host] {
         &self.hosts
+    }
+
+    /// Returns when no daemon is ending that was killed a moment ago.
+    pub(super) async fn settled(&self) -> CliResult {
+        let begun = Instant::now();
+        for host in &self.hosts {
+            while let Holder::Ending(pid) = host.holder()? {
+                if begun.elapsed() > ENDING_MAX {
+                    return Err(CliError::failed(format!(
+                        "host {}: process {pid} was killed and does not end",
+                        host.name
+                    )));
+                }
+                tokio::time::sleep(SETTLE_POLL).await;
+            }
+        }
+        Ok(())
     }
 
     /// The hosts whose daemon does not run.

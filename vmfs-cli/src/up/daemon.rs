@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use vmfs_replica::api::StatusReport;
-use vmfs_replica::pid_file;
+use vmfs_replica::pid_file::{self, Holder};
 
 use super::cluster::Host;
 use super::mounts;
@@ -173,7 +173,8 @@ impl Process {
             other => other?,
         };
         // Held first, looked at second: if it still holds the lock now, the handle is on the right one.
-        Ok((pid_file::running(path)? == Some(pid)).then_some(Self(fd)))
+        let holds = matches!(pid_file::holder(path)?, Holder::Running(p) | Holder::Ending(p) if p == pid);
+        Ok(holds.then_some(Self(fd)))
     }
 
     pub(super) fn terminate(&self) -> io::Result<()> {
@@ -210,15 +211,17 @@ pub(super) fn stop(hosts: &[Host]) -> CliResult<Vec<String>> {
     for host in hosts {
         let fail =
             |e: io::Error| CliError::failed(format!("host {}: cannot stop its daemon: {e}", host.name));
-        if let Some(pid) = host.pid()?
+        // One that was killed a moment ago is waited for as well, though not stopped by this.
+        let holder = host.holder()?;
+        if let Holder::Running(pid) | Holder::Ending(pid) = holder
             && let Some(process) = Process::verified(pid, &host.pid_file()).map_err(fail)?
         {
             process.terminate().map_err(fail)?;
-            running.push((host, pid, process));
+            running.push((host, pid, process, holder == Holder::Running(pid)));
         }
     }
     let end = Instant::now() + STOP_MAX;
-    for (host, pid, process) in &running {
+    for (host, pid, process, _) in &running {
         let fail =
             |e: io::Error| CliError::failed(format!("host {}: cannot stop its daemon: {e}", host.name));
         if process.wait_gone(end.saturating_duration_since(Instant::now())).map_err(fail)? {
@@ -234,7 +237,7 @@ pub(super) fn stop(hosts: &[Host]) -> CliResult<Vec<String>> {
             return Err(CliError::failed(format!("host {}: process {pid} cannot be killed", host.name)));
         }
     }
-    Ok(running.into_iter().map(|(host, ..)| host.name.to_string()).collect())
+    Ok(running.iter().filter(|(.., ran)| *ran).map(|(host, ..)| host.name.to_string()).collect())
 }
 
 #[cfg(test)]

@@ -36,6 +36,10 @@ pub(crate) async fn up(args: UpArgs) -> CliResult {
     cluster::check_place(&dir)?;
     let lock = lock(&dir)?;
     let cluster = Cluster::open_or_make(&dir, args.hosts)?;
+    tokio::select! {
+        settled = cluster.settled() => settled?,
+        () = interrupt.wait() => return Err(CliError::failed("interrupted before any host was started")),
+    }
     let missing = cluster.not_running()?;
     if missing.is_empty() {
         return Err(CliError::failed(format!(

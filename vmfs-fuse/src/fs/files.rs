@@ -120,26 +120,21 @@ impl<B: Backend> Fs<B> {
         });
     }
 
-    /// Takes the handle off the inode, gives its view back with `close`, and buries the image if
-    /// it was unlinked and this was the last handle.
+    /// Takes the handle off the inode and gives its view back with `close`.
     fn end_open(&self, ino: u64, pinned: Option<View>, close: impl FnOnce()) {
-        let doomed = {
+        {
             let mut tree = self.tree.write();
             let Some(node) = tree.get_mut(ino) else { return close() };
             node.opens -= 1;
             if let Some(at) = node.pins.iter().position(|v| Some(*v) == pinned) {
                 node.pins.remove(at);
             }
-            let last = node.opens == 0;
-            let doomed = node.image().zip(node.doomed.take_if(|_| last));
+            if node.opens == 0 && !node.linked {
+                self.cached.lock().remove(&ino);
+            }
             tree.drop_unused(ino);
-            doomed
-        };
-        close();
-        if let Some((id, after)) = doomed {
-            self.cached.lock().remove(&ino);
-            self.bury(id, after);
         }
+        close();
     }
 
     /// The durability point of an open file.

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use parking_lot::RwLockWriteGuard;
-use vmfs_common::ids::ImageId;
 use vmfs_common::op::{Attrs, PATH_MAX_BYTES};
 
 use super::tree::{Node, Tree, name_fits};
@@ -271,34 +269,10 @@ impl<B: Backend> Fs<B> {
         if let Some(id) = image {
             changes.push(Change::Bury { id, after: None });
         }
-        self.commit_removal(tree, &changes, ino, image.map(|id| (id, None)))
-    }
-
-    /// Commits; the removed image's chain is told now, or at the last close.
-    fn commit_removal(
-        &self,
-        mut tree: RwLockWriteGuard<'_, Tree>,
-        changes: &[Change],
-        ino: u64,
-        image: Option<(ImageId, Option<ImageId>)>,
-    ) -> Result<(), Errno> {
-        let mut now = image;
-        if let Some((_, after)) = image
-            && let Some(node) = tree.get_mut(ino).filter(|n| n.opens > 0)
-        {
-            node.doomed = Some(after);
-            now = None;
-        }
-        let committed = self.commit(tree, changes);
-        match (committed, now) {
-            (Ok(()), Some((id, after))) => self.bury(id, after),
-            (Ok(()), None) => {}
-            (Err(errno), _) => {
-                if let Some(node) = self.tree.write().get_mut(ino).filter(|n| n.linked) {
-                    node.doomed = None;
-                }
-                return Err(errno);
-            }
+        self.commit(tree, &changes)?;
+        // Also while it is open: its content lives until the last close, its name does not.
+        if let Some(id) = image {
+            self.bury(id, None);
         }
         Ok(())
     }

@@ -68,7 +68,7 @@ impl<B: Backend> Fs<B> {
                     // The new name first, so that a failover between the two loses neither.
                     let after = tree.get(source).and_then(Node::image);
                     changes.push(Change::Bury { id, after });
-                    removed = Some((target, id, after));
+                    removed = Some((id, after));
                 }
             }
             None => {}
@@ -83,31 +83,18 @@ impl<B: Backend> Fs<B> {
 
     fn commit_rename(
         &self,
-        mut tree: RwLockWriteGuard<'_, Tree>,
+        tree: RwLockWriteGuard<'_, Tree>,
         changes: &[Change],
         moved: &[u64],
-        removed: Option<(u64, ImageId, Option<ImageId>)>,
+        removed: Option<(ImageId, Option<ImageId>)>,
     ) -> Result<(), Errno> {
         let ids: Vec<ImageId> = moved.iter().filter_map(|i| tree.get(*i).and_then(Node::image)).collect();
-        let mut bury_now = removed;
-        if let Some((ino, _, after)) = removed
-            && let Some(node) = tree.get_mut(ino).filter(|n| n.opens > 0)
-        {
-            node.doomed = Some(after);
-            bury_now = None;
-        }
-        if let Err(errno) = self.commit(tree, changes) {
-            if let Some((ino, ..)) = removed
-                && let Some(node) = self.tree.write().get_mut(ino).filter(|n| n.linked)
-            {
-                node.doomed = None;
-            }
-            return Err(errno);
-        }
+        self.commit(tree, changes)?;
         for id in ids {
             self.tell_name(id);
         }
-        if let Some((_, id, after)) = bury_now {
+        // Also while it is open: elsewhere its name is the replacer's from now on.
+        if let Some((id, after)) = removed {
             self.bury(id, after);
         }
         Ok(())

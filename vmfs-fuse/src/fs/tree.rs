@@ -32,8 +32,6 @@ pub(crate) struct Node {
     pub(crate) lookups: u64,
     /// Open handles.
     pub(crate) opens: u32,
-    /// Image to unlink in the chain at the last close, and whose name has to be committed before.
-    pub(crate) doomed: Option<Option<ImageId>>,
     /// Views of open handles that pin a state, oldest first.
     pub(crate) pins: Vec<View>,
 }
@@ -282,7 +280,6 @@ impl Tree {
             subdirs: 0,
             lookups: 0,
             opens: 0,
-            doomed: None,
             pins: Vec::new(),
         });
         node.row = row;

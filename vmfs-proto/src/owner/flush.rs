@@ -11,6 +11,28 @@ use crate::meta::Rule;
 use crate::ops::{FlushError, OpOutcome};
 use crate::owner::Owner;
 
+/// What is missing before a flush can be acknowledged: of members that can be expected to answer, beyond
+/// what the policy lets go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Shortage {
+    /// Members of any kind.
+    pub votes: usize,
+    /// Members with data.
+    pub copies: usize,
+}
+
+impl Shortage {
+    /// True when flushes wait for somebody to come back.
+    #[must_use]
+    pub const fn is_any(&self) -> bool {
+        self.votes > 0 || self.copies > 0
+    }
+
+    fn max(self, other: Self) -> Self {
+        Self { votes: self.votes.max(other.votes), copies: self.copies.max(other.copies) }
+    }
+}
+
 /// What the acknowledgements add up to under one rule.
 struct Points {
     /// Durable on a quorum, with the full number of data copies.
@@ -25,6 +47,7 @@ struct Points {
     wants_degrade: bool,
     /// `acks = "all"`, but somebody is not waited for.
     reduced: bool,
+    shortage: Shortage,
 }
 
 impl Points {
@@ -47,6 +70,7 @@ impl Points {
             flush: both(self.flush, old.flush),
             wants_degrade: self.wants_degrade || (weakened && old.wants_degrade),
             reduced: self.reduced,
+            shortage: self.shortage.max(if weakened { old.shortage } else { Shortage::default() }),
         }
     }
 }
@@ -83,8 +107,21 @@ impl Owner {
             Acks::All if !reduced => headers.last().copied().unwrap_or_default().min(commit),
             Acks::Majority | Acks::All => commit,
         };
-        Points { full, headers: headers_here, commit, flush, wants_degrade, reduced }
+        let shortage = shortage(rule, &|h| h == me || reachable(h));
+        Points { full, headers: headers_here, commit, flush, wants_degrade, reduced, shortage }
     }
+}
+
+fn shortage(rule: &Rule, there: &dyn Fn(HostId) -> bool) -> Shortage {
+    let may_degrade = rule.policy.on_quorum_loss == OnQuorumLoss::Degrade;
+    let everybody = rule.members.all().iter().filter(|m| there(m.host)).count();
+    let with_data = rule.members.data_members().filter(|m| there(m.host)).count();
+    let (votes, copies) = match rule.policy.acks {
+        Acks::Local => (0, 0),
+        Acks::All if !may_degrade => (rule.members.len(), rule.members.data_members().count()),
+        Acks::Majority | Acks::All => quorum_of(rule, may_degrade),
+    };
+    Shortage { votes: votes.saturating_sub(everybody), copies: copies.saturating_sub(with_data) }
 }
 
 impl Machine {
@@ -166,13 +203,15 @@ impl Machine {
             let stuck =
                 o.links.get(&h).and_then(|l| l.waiting_since).is_some_and(|t| env.now.since(t) > lease);
             let heard = (env.contact)(h).confirmed.is_some_and(|t| env.now.since(t) <= lease);
-            !stuck && (connected.contains(&h) || heard)
+            let absent = o.links.get(&h).is_some_and(|l| l.absent);
+            !absent && !stuck && (connected.contains(&h) || heard)
         };
         let mut points = o.points(&rule, me, durable, &reachable);
         if let Some(rule) = &previous {
             points = points.under_both(o.points(rule, me, durable, &reachable), weakened, rule.changed_at);
         }
         o.reduced = points.reduced;
+        o.shortage = points.shortage;
         let advanced = points.commit > o.commit && (points.commit >= o.start.seq || old_epochs);
         if advanced {
             o.commit = points.commit;

@@ -21,7 +21,7 @@ use vmfs_common::identity::Signature;
 use vmfs_common::ids::{BLOCK_BYTES_U64, Digest, Epoch, Head, HostId, Millis, Seq};
 use vmfs_common::msg::Occasion;
 use vmfs_common::op::Op;
-use vmfs_common::policy::{Acks, MemberRole, OnQuorumLoss};
+use vmfs_common::policy::{Acks, Member, MemberRole, OnQuorumLoss};
 use vmfs_common::state::ImageState;
 
 use crate::api::{Env, Gate, Output, Timing, Token, Wait};
@@ -29,6 +29,7 @@ use crate::candidate::Candidate;
 use crate::loss::Loss;
 use crate::machine::{Machine, RoleState};
 use crate::ops::OpError;
+use crate::owner::flush::Shortage;
 use crate::owner::handover::Draining;
 use crate::owner::members::Change;
 use crate::owner::stream::Link;
@@ -91,6 +92,8 @@ pub(crate) struct Owner {
     mark: Option<Seq>,
     /// See `Points::reduced`.
     pub(crate) reduced: bool,
+    /// What flushes wait for that nobody who can be expected to acknowledge provides.
+    pub(crate) shortage: Shortage,
     last_append: Millis,
     unsealed_since: Option<Millis>,
     /// Bytes at the last round of syncs.
@@ -233,6 +236,7 @@ impl Machine {
             RoleState::Candidate(c) => (c.token.take(), c.give_up_at, c.predecessor),
             _ => (None, None, None),
         };
+        let absent = self.absent_from_election();
         self.apply(env, update, out);
         self.following = None;
         self.ack_due = None;
@@ -245,7 +249,8 @@ impl Machine {
         // Members that a change not known to be committed leaves out still count.
         let before = self.previous_rule().map(|r| r.members.all().to_vec()).unwrap_or_default();
         let others = before.iter().chain(members.all()).filter(|m| m.host != self.id.host);
-        let links = others.map(|m| (m.host, Link::new(m, true))).collect();
+        let link = |m: &Member| Link { absent: absent.contains(&m.host), ..Link::new(m, true) };
+        let links = others.map(|m| (m.host, link(m))).collect();
         let degraded = chain.is_degraded();
         let mut owner = Owner {
             chain,
@@ -266,6 +271,7 @@ impl Machine {
             degraded,
             mark: degraded.then_some(update.header.seq),
             reduced: false,
+            shortage: Shortage::default(),
             last_append: env.now,
             unsealed_since: None,
             synced_bytes: 0,

@@ -17,6 +17,9 @@ pub(crate) struct Link {
     pub(crate) role: MemberRole,
     /// In the member list. Others do not count.
     pub(crate) admitted: bool,
+    /// It did not answer the election that an operator ordered, and has said nothing since: nobody waits
+    /// for it.
+    pub(crate) absent: bool,
     /// A stream to it is open, from a point its head was said to be at.
     pub(crate) streaming: bool,
     /// Its copy cannot be brought to this chain (another store, another lineage).
@@ -40,6 +43,7 @@ impl Link {
             store: m.store,
             role: m.role,
             admitted,
+            absent: false,
             streaming: false,
             fenced: false,
             sent: Seq::ZERO,

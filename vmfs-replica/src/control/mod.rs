@@ -132,6 +132,7 @@ impl NodeControl {
             seq: state.epoch_start().map_or(0, |e| e.start.seq.0),
             loss: loss_report(&loss),
             forced,
+            warning: self.reason(&image, &image.status()),
             elapsed_ms: ms(begun),
         })
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState as State;
-use vmfs_proto::{Health, Role, Status};
+use vmfs_proto::{Health, Role, Shortage, Status};
 
 use super::NodeControl;
 use super::scrub::damage;
@@ -115,7 +115,7 @@ impl NodeControl {
         }
     }
 
-    fn reason(&self, image: &Image, status: &Status) -> Option<String> {
+    pub(super) fn reason(&self, image: &Image, status: &Status) -> Option<String> {
         if let Some(why) = image.latched() {
             return Some(why);
         }
@@ -128,8 +128,12 @@ impl NodeControl {
         }
         let missing: Vec<_> =
             status.members.iter().filter(|m| !m.connected).map(|m| self.node.host_name(m.host)).collect();
+        let waits = waits_for(status.shortage);
         match status.health {
             Health::Ok => None,
+            Health::Stalled if waits.is_some() && !missing.is_empty() => {
+                waits.map(|w| format!("{w}; not connected: {}", missing.join(", ")))
+            }
             Health::Degraded | Health::Stalled if !missing.is_empty() => {
                 Some(format!("not connected: {}", missing.join(", ")))
             }
@@ -203,6 +207,20 @@ impl NodeControl {
             last_update_ms: of.tip.time_ns / 1_000_000,
             status,
         })
+    }
+}
+
+/// What flushes wait for, in words.
+fn waits_for(shortage: Shortage) -> Option<String> {
+    let more = |n: usize, one: &str, many: &str| {
+        if n == 1 { format!("one more {one}") } else { format!("{n} more {many}") }
+    };
+    match shortage {
+        Shortage { votes: 0, copies: 0 } => None,
+        Shortage { votes: 0, copies: n } => {
+            Some(format!("flushes wait for {}", more(n, "copy of the data", "copies of the data")))
+        }
+        Shortage { votes: n, .. } => Some(format!("flushes wait for {}", more(n, "member", "members"))),
     }
 }
 

@@ -70,6 +70,8 @@ pub struct Image {
     pub(super) bounced: Mutex<BTreeMap<HostId, (std::time::Instant, bool)>>,
     /// Hosts the policy names whose store is not known yet: added when they are first met.
     pub(super) missing: Mutex<Vec<HostId>>,
+    /// Open files of the mount.
+    pub(super) opens: AtomicU64,
     pub(super) pulled_blocks: AtomicU64,
     pub(super) pulling: AtomicBool,
     pub(super) repairs: Mutex<HashMap<BlockIndex, bool>>,
@@ -111,6 +113,7 @@ impl Image {
             deadline: AtomicU64::new(0),
             lineage: AtomicU64::new(1),
             content_version: AtomicU64::new(1),
+            opens: AtomicU64::new(0),
             pulled_blocks: AtomicU64::new(0),
             pulling: AtomicBool::new(false),
             repairs: Mutex::default(),

@@ -1,4 +1,4 @@
-//! What goes on by itself: connections coming and going, time passing, space being given back.
+//! What goes on by itself: connections coming and going, time passing, the store being looked after.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,8 +19,6 @@ use super::image::{Image, Pending};
 const TICK_MS: u64 = 10;
 /// How often waiting operations are woken in any case, and stream progress is reported.
 const SLOW_TICK_MS: u64 = 250;
-/// A deleted image that need not be kept is removed after this, nanoseconds.
-const DELETED_GRACE_NS: u64 = 500_000_000;
 /// How often the store is looked after, and its load measured, in milliseconds.
 const LOOK_MS: u64 = 100;
 /// Payload appended in that time that makes the store busy.
@@ -151,32 +149,6 @@ impl NodeInner {
                 self.sweep_deleted();
             }
             std::thread::sleep(Duration::from_millis(if more && !busy { 5 } else { LOOK_MS }));
-        }
-    }
-
-    fn sweep_deleted(self: &Arc<Self>) {
-        let window_ns = self.config.store.undelete_window.millis().saturating_mul(1_000_000);
-        let now_ns = super::unix_ns();
-        let (free, total) = self.space();
-        let space_is_short = free < total / 20;
-        for image in self.images() {
-            let state = image.state();
-            if !state.unlinked {
-                continue;
-            }
-            let age_ns = now_ns.saturating_sub(state.ctime_ns);
-            // The owner gives the space back once every member knows; the members keep the image for the
-            // undelete window, unless it never held data or the space is needed.
-            let owner = image.is_owner_here();
-            let empty = image.store.allocated_blocks().0 == 0;
-            let kept_ns = if owner || empty || space_is_short { DELETED_GRACE_NS } else { window_ns };
-            let settled = !owner || image.is_settled(self) || age_ns > window_ns;
-            if age_ns > kept_ns && settled {
-                tracing::debug!(image = %image.id, "deleted image removed");
-                if let Err(e) = self.forget(&image) {
-                    tracing::warn!(image = %image.id, "cannot remove a deleted image: {e}");
-                }
-            }
         }
     }
 }

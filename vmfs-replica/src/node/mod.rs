@@ -8,6 +8,7 @@ mod ask;
 mod blocks;
 mod claims;
 mod create;
+mod deleted;
 mod execute;
 mod facts;
 mod image;
@@ -39,6 +40,7 @@ use vmfs_store::{ImageStore, Store};
 
 pub(crate) use ask::{Ask, Told};
 pub use create::CreateError;
+pub use deleted::IN_USE;
 pub(crate) use image::Pending;
 pub use image::{FlushDone, Image, Wake};
 pub use io::IoError;
@@ -212,10 +214,6 @@ impl NodeInner {
         let total = rustix::fs::statvfs(&self.config.store.dir)
             .map_or(free, |s| s.f_blocks.saturating_mul(s.f_frsize));
         (free, total)
-    }
-    /// The mount has changed a name: whoever shows claims looks again.
-    pub fn note_claims(&self) {
-        self.claims_changed();
     }
     /// The mount has laid out the claims of this version and corrected what the kernel remembered.
     pub fn mount_corrected(&self, version: u64) {

@@ -67,17 +67,42 @@ fn a_replaced_image_is_unlinked_only_after_the_replacers_name_is_committed() {
 }
 
 #[test]
-fn an_open_file_that_was_unlinked_is_buried_after_a_crash() {
+fn an_open_file_gives_its_name_up_when_it_is_unlinked_and_lives_until_its_last_close() {
     let mut rig = Rig::new();
     rig.create("f");
-    let id = rig.backend.id_at("f").unwrap();
-    rig.fs.open(resolve(&rig.fs, "f").unwrap(), libc::O_RDWR).unwrap();
+    let (id, ino) = (rig.backend.id_at("f").unwrap(), resolve(&rig.fs, "f").unwrap());
+    let fh = rig.fs.open(ino, libc::O_RDWR).unwrap().fh;
     rig.fs.unlink(ROOT_INO, b"f").unwrap();
-    assert!(!rig.backend.is_unlinked(id));
+    assert!(rig.backend.is_unlinked(id));
+    wait(|r| rig.fs.write(fh, 0, b"still there", false, NOBODY, r)).unwrap();
+    assert_eq!(rig.fs.getattr(ino).map(|a| (a.nlink, a.size)), Ok((0, 11)));
+    assert_eq!(read_all(&rig.fs, ino), b"still there");
     rig.restart();
     assert!(rig.names("").is_empty());
     rig.fs.do_chores();
-    assert!(rig.backend.is_unlinked(id));
+    assert_eq!(rig.backend.events(), ["unlink f"], "said once");
+}
+
+#[test]
+fn an_open_file_that_is_replaced_gives_its_name_up_once_the_replacers_is_committed() {
+    let mut rig = Rig::new();
+    rig.create("old");
+    rig.create("new");
+    let (id, ino) = (rig.backend.id_at("old").unwrap(), resolve(&rig.fs, "old").unwrap());
+    let fh = rig.fs.open(ino, libc::O_RDWR).unwrap().fh;
+    rig.backend.hold_flushes(true);
+    rig.rename("new", "old").unwrap();
+    rig.fs.do_chores();
+    assert_eq!(rig.backend.events(), ["name old"], "a failover in between loses neither");
+    rig.backend.hold_flushes(false);
+    rig.fs.do_chores();
+    assert_eq!(rig.backend.events(), ["name old", "unlink old"]);
+    wait(|r| rig.fs.write(fh, 0, b"old content", false, NOBODY, r)).unwrap();
+    assert_eq!(read_all(&rig.fs, ino), b"old content");
+    assert_eq!(rig.names(""), ["old"]);
+    rig.fs.release(fh);
+    rig.restart();
+    assert!(rig.backend.is_unlinked(id) && rig.names("") == ["old"]);
 }
 
 #[test]

@@ -66,6 +66,7 @@ impl Control for Recorder {
                 seq: 100,
                 loss: Loss::Nothing,
                 forced: true,
+                warning: None,
                 elapsed_ms: 12,
             })
         })

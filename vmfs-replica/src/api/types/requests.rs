@@ -112,6 +112,8 @@ pub struct PromoteReport {
     pub loss: Loss,
     /// True when a separate lineage was begun.
     pub forced: bool,
+    /// What the image lacks or waits for now, if anything.
+    pub warning: Option<String>,
     /// How long it took.
     pub elapsed_ms: u64,
 }
