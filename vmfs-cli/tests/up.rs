@@ -195,6 +195,30 @@ fn launcher_in_front_stops_on_interrupt_and_for_down() {
 }
 
 #[test]
+fn interrupt_at_any_moment_of_the_start_leaves_no_daemon() {
+    let place = Place::new();
+    for delay_ms in [0, 2, 5, 10, 20, 40, 80, 160, 320] {
+        let mut command = Command::new(VMFS);
+        command.args(["up", "vs", "--hosts", "3"]).current_dir(place.0.path());
+        let mut up = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        signal(up.id(), Signal::INT);
+        // By the signal itself when it had not got far enough to handle it.
+        up.wait().unwrap();
+        let mark = format!("{}/", place.dir().display());
+        let is_ours = |pid: &std::fs::DirEntry| {
+            let line = std::fs::read(pid.path().join("cmdline")).unwrap_or_default();
+            line.starts_with(b"vmfs-fuse") && String::from_utf8_lossy(&line).contains(&mark)
+        };
+        let left = std::fs::read_dir("/proc").unwrap().map(Result::unwrap).filter(is_ours).count();
+        assert_eq!(left, 0, "daemons are left behind after {delay_ms} ms");
+        place.assert_nothing_left();
+    }
+    place.ok(&["up", "vs", "--detach"]);
+    place.ok(&["down", "vs"]);
+}
+
+#[test]
 fn down_works_after_the_launcher_was_killed() {
     let place = Place::new();
     let mut front = place.front();

@@ -65,14 +65,21 @@ impl Ask {
     }
 
     /// The path inside the mount that `text` stands for: itself, or a path of this machine that leads
-    /// into the daemon's mount.
+    /// into the daemon's mount. A file of this machine that is elsewhere is no image.
     async fn image(&self, text: &str) -> CliResult<String> {
         let inside = image_path(text)?;
         if !text.starts_with('/') {
             return Ok(inside);
         }
         let mount = self.status().await?.mount;
-        Ok(mount.and_then(|mount| below(&mount, text)).unwrap_or(inside))
+        if let Some(image) = mount.as_deref().and_then(|mount| below(mount, text)) {
+            return Ok(image);
+        }
+        if std::path::Path::new(text).exists() {
+            let mount = mount.map_or_else(String::new, |m| format!(", {}", m.display()));
+            return Err(CliError::failed(format!("{text} is not inside the mount of this daemon{mount}")));
+        }
+        Ok(inside)
     }
 
     async fn image_request(&self, text: &str) -> CliResult<ImageRequest> {

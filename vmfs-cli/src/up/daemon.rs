@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use vmfs_replica::api::StatusReport;
 use vmfs_replica::pid_file::{self, Holder};
 
@@ -27,6 +27,8 @@ const READY_POLL: Duration = Duration::from_millis(20);
 const CONNECT_MAX: Duration = Duration::from_secs(3);
 /// How long one look may take.
 const ANSWER_MAX: Duration = Duration::from_millis(500);
+/// Between two looks whether a child has ended.
+const GONE_POLL: Duration = Duration::from_millis(5);
 /// How long a daemon may take to end on SIGTERM.
 const STOP_MAX: Duration = Duration::from_secs(20);
 /// How long the kernel may take to end it on SIGKILL.
@@ -90,6 +92,34 @@ impl Started {
                 Some(_) => tokio::time::sleep(READY_POLL).await,
             }
         }
+    }
+
+    /// Asks them all to end: also those that were started so short a time ago that no pid file names them.
+    pub(super) fn terminate(&mut self) {
+        self.reap();
+        for running in self.0.iter().filter(|r| r.ended.is_none()) {
+            // It is not reaped, so that the number is its own. One that has ended meanwhile is what is wanted.
+            let _ = kill_process(Pid::from_child(&running.child), Signal::TERM);
+        }
+    }
+
+    /// Returns when all of them have ended, after [`STOP_MAX`] by SIGKILL.
+    pub(super) fn wait_gone(&mut self) -> CliResult {
+        let end = Instant::now() + STOP_MAX;
+        for running in &mut self.0 {
+            let fail =
+                |e| CliError::failed(format!("host {}: cannot stop its daemon: {e}", running.host.name));
+            while running.ended.is_none() {
+                running.ended = running.child.try_wait().map_err(fail)?;
+                if running.ended.is_none() && Instant::now() > end {
+                    running.child.kill().map_err(fail)?;
+                    running.ended = Some(running.child.wait().map_err(fail)?);
+                } else if running.ended.is_none() {
+                    std::thread::sleep(GONE_POLL);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Takes note of those that have ended.

@@ -130,8 +130,9 @@ fn stop_launcher(dir: &Path) -> CliResult<bool> {
 }
 
 fn shut_down(hosts: &[Host], started: &mut Started) -> CliResult {
+    started.terminate();
     daemon::stop(hosts)?;
-    started.reap();
+    started.wait_gone()?;
     clean_up(hosts)
 }
 
