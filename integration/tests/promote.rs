@@ -119,6 +119,58 @@ fn forced_promotion_works_and_says_what_may_be_lost() {
     until("a's lineage is kept too", SYNC_LIMIT, || (first_byte(&cluster, "a") == 1).then_some(()));
 }
 
+/// b goes on alone with 2 where a and c have 1, and all are back.
+fn two_lineages(name: &str) -> Cluster {
+    let cluster = cluster_with_image(name);
+    write(&cluster, "a", 1).unwrap();
+    cluster.wait_in_sync(IMAGE);
+    cluster.kill9("a");
+    cluster.kill9("c");
+    let _ = cluster.vmfs("b", &["promote", IMAGE, "--force"]).ok();
+    write(&cluster, "b", 2).unwrap();
+    cluster.restart("a");
+    cluster.restart("c");
+    until("a serves its own lineage again", SYNC_LIMIT, || {
+        cluster.image("a", IMAGE).filter(|i| i.role == "owner" && i.state != "stalled")
+    });
+    cluster
+}
+
+#[test]
+fn an_operator_chooses_the_lineage_of_the_quorum() {
+    let cluster = two_lineages("choosequorum");
+    // Only the host of the forced promotion has a separate lineage to give up.
+    let _ = cluster.vmfs("a", &["abandon", IMAGE]).refused(1);
+    let _ = cluster.vmfs("b", &["abandon", IMAGE]).ok();
+    cluster.assert_copies_identical(IMAGE);
+    assert_eq!((first_byte(&cluster, "a"), first_byte(&cluster, "b")), (1, 1));
+    let forks = cluster.vmfs("b", &["forks", IMAGE]).ok().stdout;
+    assert!(forks.contains(IMAGE), "what b alone had is kept: {forks}");
+    assert_eq!(cluster.image("b", IMAGE).unwrap().role, "replica");
+    write(&cluster, "a", 3).unwrap();
+}
+
+#[test]
+fn an_operator_chooses_the_forced_lineage() {
+    let cluster = two_lineages("chooseforced");
+    for host in ["a", "c"] {
+        let _ = cluster.vmfs(host, &["abandon", IMAGE, "--discard"]).ok();
+    }
+    for host in ["a", "c"] {
+        let _ = cluster.vmfs("b", &["replica", "add", IMAGE, host]).ok();
+    }
+    cluster.assert_copies_identical(IMAGE);
+    for host in ["a", "b", "c"] {
+        assert_eq!(first_byte(&cluster, host), 2, "{host}");
+    }
+    // A datastore like before: whoever is promoted has it all.
+    write(&cluster, "b", 4).unwrap();
+    cluster.kill9("b");
+    let said = cluster.vmfs("a", &["promote", IMAGE]).ok();
+    assert!(said.stdout.contains("nothing acknowledged is missing"), "{said}");
+    assert_eq!(first_byte(&cluster, "a"), 4);
+}
+
 #[test]
 fn promote_on_the_owner_itself_changes_nothing() {
     let cluster = cluster_with_image("self");

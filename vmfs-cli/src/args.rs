@@ -125,6 +125,16 @@ pub(crate) enum Command {
     /// Show or change what flushes of an image wait for.
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Give up this host's side of an image that has two lineages since a forced promotion.
+    ///
+    /// On the host of the forced promotion: it follows the other owner, and what it alone has becomes a fork.
+    Abandon {
+        /// The image.
+        image: String,
+        /// Drop the whole copy of this host instead, whatever its lineage: it can then be added to the other.
+        #[arg(long)]
+        discard: bool,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -349,6 +359,8 @@ mod tests {
             "host remove b",
             "wait vm/a.img --in-sync --timeout 2.5",
             "fail vm/a.img",
+            "abandon vm/a.img",
+            "abandon vm/a.img --discard",
             "policy show vm/a.img",
             "policy set vm/a.img --acks all --on-quorum-loss degrade",
             "--socket /x status",

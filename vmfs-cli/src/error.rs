@@ -40,27 +40,10 @@ fn one_line(text: &str) -> String {
     text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
-/// Wrong usage in one line: what clap says without its layout, and the usage.
-pub(crate) fn usage_line(error: &clap::Error) -> String {
-    let text = error.render().to_string();
-    let (mut said, mut usage) = (Vec::new(), None);
-    for line in text.lines().map(str::trim) {
-        if let Some(rest) = line.strip_prefix("Usage:") {
-            usage = Some(rest.trim().to_owned());
-        } else if line.starts_with("For more information") {
-            break;
-        } else if !line.is_empty() {
-            said.push(line);
-        }
-    }
-    let said = said.join(" ");
-    let said = said.strip_prefix("error: ").unwrap_or(&said);
-    usage.map_or_else(|| said.to_owned(), |usage| format!("{said} (usage: {usage})"))
-}
-
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
+    use vmfs_replica::daemon::usage_line;
 
     use super::*;
 

@@ -55,7 +55,7 @@ fn explain(error: &clap::Error) -> ExitCode {
             e.exit_code()
         }
         _ => {
-            let e = error::CliError::usage(error::usage_line(error));
+            let e = error::CliError::usage(vmfs_replica::daemon::usage_line(error));
             say(&e);
             e.exit_code()
         }

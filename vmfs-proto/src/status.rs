@@ -158,7 +158,10 @@ impl Machine {
                 _ if matches!(self.block_sync, BlockSync::Running | BlockSync::Switching) => {
                     Health::CatchingUp
                 }
-                None if self.promised() > self.epoch() => Health::Fenced,
+                // An own bid that came to nothing promises nobody anything.
+                None if self.promised() > self.epoch() && self.promised().host != self.id.host => {
+                    Health::Fenced
+                }
                 None => Health::Stalled,
                 Some(f) if f.start.epoch > self.epoch() => Health::CatchingUp,
                 Some(_) if self.muted => Health::CatchingUp,

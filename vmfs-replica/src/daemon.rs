@@ -44,12 +44,35 @@ pub fn main() -> ExitCode {
     )
 }
 
-/// Prints what clap has to say; help and version are no errors.
+/// Prints what clap has to say: help and version are no errors, wrong usage is one line.
 #[must_use]
 pub fn usage(e: &clap::Error) -> ExitCode {
+    if e.use_stderr() {
+        eprintln!("{}: {}", program(), usage_line(e));
+        return ExitCode::from(2);
+    }
     // Nothing to be done when even that cannot be printed.
     let _ = e.print();
-    if e.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS }
+    ExitCode::SUCCESS
+}
+
+/// Wrong usage in one line: what clap says without its layout, and the usage.
+#[must_use]
+pub fn usage_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let (mut said, mut usage) = (Vec::new(), None);
+    for line in text.lines().map(str::trim) {
+        if let Some(rest) = line.strip_prefix("Usage:") {
+            usage = Some(rest.trim().to_owned());
+        } else if line.starts_with("For more information") {
+            break;
+        } else if !line.is_empty() {
+            said.push(line);
+        }
+    }
+    let said = said.join(" ");
+    let said = said.strip_prefix("error: ").unwrap_or(&said);
+    usage.map_or_else(|| said.to_owned(), |usage| format!("{said} (usage: {usage})"))
 }
 
 /// Runs a daemon: `prepare` looks at the configuration and says the host's roles; `attach` puts

@@ -2,6 +2,7 @@
 
 use vmfs_common::config::{ByteSize, HostName, TimeSpan};
 use vmfs_replica::api::{
+    AbandonReport, AbandonRequest,
     FailReport, HandoverReport, HandoverRequest, ImageInfo, ImageStatus, PolicyReport, PolicySetRequest,
     PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, VerifyReport,
     VerifyRequest, WaitReport, WaitRequest,
@@ -222,6 +223,15 @@ pub(super) async fn fail(ask: &Ask, image: &str) -> CliResult {
     let report: FailReport = ask.client.post("/v1/fail", &ask.image_request(image).await?).await?;
     ask.output
         .show(&report, |r| format!("{}: {} failed\n", r.image, count(r.failed_requests, "waiting request")))
+}
+
+pub(super) async fn abandon(ask: &Ask, image: &str, discard: bool) -> CliResult {
+    let request = AbandonRequest { image: ask.image(image).await?, discard };
+    let report: AbandonReport = ask.client.post("/v1/abandon", &request).await?;
+    ask.output.show(&report, |r| match r.discarded {
+        true => format!("{}: the copy of this host is dropped\n", r.image),
+        false => format!("{}: the separate lineage is given up; what it alone had is a fork\n", r.image),
+    })
 }
 
 pub(super) async fn policy(ask: &Ask, command: PolicyCommand) -> CliResult {

@@ -44,6 +44,7 @@ async fn dispatch(cli: Cli) -> CliResult {
         Command::Replica(command) => images::replica(&ask, command).await,
         Command::Wait { image, in_sync, timeout } => images::wait(&ask, &image, in_sync, timeout).await,
         Command::Fail { image } => images::fail(&ask, &image).await,
+        Command::Abandon { image, discard } => images::abandon(&ask, &image, discard).await,
         Command::Policy(command) => images::policy(&ask, command).await,
         Command::Forks { image } => forks::list(&ask, image.as_deref()).await,
         Command::Fork(command) => forks::fork(&ask, command).await,

@@ -20,6 +20,7 @@ pub use metrics::MetricsServer;
 pub use progress::{Progress, ProgressEvent, StreamLine, Unit};
 pub use server::{ControlServer, ServerError};
 pub use types::{
+    AbandonReport, AbandonRequest,
     Damage, FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport, HandoverRequest, HostInfo,
     HostList, HostRemoveRequest, ImageInfo, ImageRequest, ImageRole, ImageState, ImageStatus, InviteReport,
     InviteRequest, Loss, MemberName, MemberState, MemberStatus, PeerStatus, PolicyReport, PolicySetRequest,
@@ -76,6 +77,9 @@ pub trait Control: Send + Sync + 'static {
     fn policy_set(&self, request: PolicySetRequest) -> Answer<'_, PolicyReport>;
     /// Fails every waiting request on an image with EIO, so that nothing hangs on it.
     fn fail(&self, request: ImageRequest) -> Answer<'_, FailReport>;
+    /// Gives up the separate lineage of an image that a forced promotion began here, or with `discard` this
+    /// host's copy: how an operator chooses between two lineages.
+    fn abandon(&self, request: AbandonRequest) -> Answer<'_, AbandonReport>;
     /// Waits until the image is known here and, with `in_sync`, until every reachable member holds
     /// everything the owner has. The server ends it at the time-out of the request.
     fn wait(&self, request: WaitRequest, progress: Progress) -> Answer<'_, WaitReport>;

@@ -26,6 +26,7 @@ use super::error::ApiError;
 use super::metrics::metrics;
 use super::progress::{Progress, StreamLine};
 use super::types::{
+    AbandonRequest,
     ForkDropRequest, HandoverRequest, HostRemoveRequest, ImageRequest, InviteRequest, PolicySetRequest,
     PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ScrubRequest, VerifyRequest, WaitRequest,
 };
@@ -205,6 +206,7 @@ fn router(control: Arc<dyn Control>) -> Router {
         .route("/v1/fork/drop", post(fork_drop))
         .route("/v1/policy", get(policy).post(policy_set))
         .route("/v1/fail", post(fail))
+        .route("/v1/abandon", post(abandon))
         .route("/v1/hosts", get(async |State(c): Shared| c.hosts().await.map(Json)))
         .route("/v1/host/invite", post(host_invite))
         .route("/v1/host/remove", post(host_remove))
@@ -283,6 +285,12 @@ async fn fail(State(control): Shared, payload: Payload) -> Result<Response, ApiE
     let mut request: ImageRequest = parse(payload)?;
     request.image = image_path(&request.image)?;
     Ok(Json(control.fail(request).await?).into_response())
+}
+
+async fn abandon(State(control): Shared, payload: Payload) -> Result<Response, ApiError> {
+    let mut request: AbandonRequest = parse(payload)?;
+    request.image = image_path(&request.image)?;
+    Ok(Json(control.abandon(request).await?).into_response())
 }
 
 async fn fork_drop(State(control): Shared, payload: Payload) -> Result<Response, ApiError> {

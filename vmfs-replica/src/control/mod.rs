@@ -14,6 +14,7 @@ use vmfs_common::{HostId, op::PATH_MAX_BYTES};
 use vmfs_proto::{Input, OpError, OpOutcome};
 
 use crate::api::{
+    AbandonReport, AbandonRequest,
     Answer, ApiError, Control, FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport,
     HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo, ImageRequest, InviteReport,
     InviteRequest, Loss, PolicyReport, PolicySetRequest, Progress, PromoteReport, PromoteRequest,
@@ -247,6 +248,20 @@ impl NodeControl {
         Ok(FailReport { image: request.image, failed_requests })
     }
 
+    async fn abandon(&self, request: AbandonRequest) -> Result<AbandonReport, ApiError> {
+        let image = self.image(&request.image)?;
+        if request.discard {
+            let node = self.node.clone();
+            let discarded = tokio::task::spawn_blocking(move || node.discard(&image)).await;
+            discarded.map_err(ApiError::failed)?.map_err(ApiError::failed)?;
+        } else {
+            let make = |token| Input::AbandonForced { token };
+            self.operate(&image, &Progress::ignored(), "giving up", make).await?;
+        }
+        self.node.settle_mount().await;
+        Ok(AbandonReport { image: request.image, discarded: request.discard })
+    }
+
     async fn wait(&self, request: WaitRequest, progress: Progress) -> Result<WaitReport, ApiError> {
         let begun = Instant::now();
         let limit = request.timeout_ms.map(Duration::from_millis);
@@ -396,6 +411,9 @@ impl Control for NodeControl {
     }
     fn fail(&self, request: ImageRequest) -> Answer<'_, FailReport> {
         Box::pin(self.fail(request))
+    }
+    fn abandon(&self, request: AbandonRequest) -> Answer<'_, AbandonReport> {
+        Box::pin(self.abandon(request))
     }
     fn wait(&self, request: WaitRequest, progress: Progress) -> Answer<'_, WaitReport> {
         Box::pin(self.wait(request, progress))

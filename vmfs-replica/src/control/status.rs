@@ -138,6 +138,10 @@ impl NodeControl {
                 Some(format!("not connected: {}", missing.join(", ")))
             }
             Health::Fenced => Some("ownership is elsewhere".to_owned()),
+            Health::Stalled if status.role == Role::Replica => {
+                let owner = status.owner.map_or_else(|| "nobody".to_owned(), |h| self.node.host_name(h));
+                Some(format!("no owner; {owner} was the last one known here"))
+            }
             _ => None,
         }
     }

@@ -165,6 +165,15 @@ impl NodeInner {
         Ok(image)
     }
 
+    /// Drops this host's copy of an image on an operator's word: another lineage of it is to be kept.
+    ///
+    /// # Errors
+    /// The store.
+    pub(crate) fn discard(&self, image: &Arc<Image>) -> Result<(), StoreError> {
+        tracing::warn!(image = %image.id, "the copy of this host is dropped, as ordered");
+        self.forget(image)
+    }
+
     /// Drops an image from this host: its copy, its forks, its promises.
     pub(super) fn forget(&self, image: &Arc<Image>) -> Result<(), StoreError> {
         self.images.write().remove(&image.id);

@@ -111,6 +111,9 @@ impl Control for Recorder {
     fn fail(&self, _: ImageRequest) -> Answer<'_, FailReport> {
         refuse(ApiError::failed("not now"))
     }
+    fn abandon(&self, _: AbandonRequest) -> Answer<'_, AbandonReport> {
+        refuse(ApiError::failed("not now"))
+    }
     fn wait(&self, _: WaitRequest, _: Progress) -> Answer<'_, WaitReport> {
         struct Guard(Arc<std::sync::atomic::AtomicUsize>);
         impl Drop for Guard {

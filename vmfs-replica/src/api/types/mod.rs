@@ -8,6 +8,7 @@ mod requests;
 mod status;
 
 pub use requests::{
+    AbandonReport, AbandonRequest,
     FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport, HandoverRequest, HostInfo, HostList,
     HostRemoveRequest, ImageInfo, ImageRequest, InviteReport, InviteRequest, Loss, MemberName, PolicyReport,
     PolicySetRequest, PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport,

@@ -351,6 +351,27 @@ pub struct FailReport {
     pub failed_requests: u64,
 }
 
+/// `POST /v1/abandon`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AbandonRequest {
+    /// Path inside the mount.
+    pub image: String,
+    /// Drop the copy of this host altogether, whatever its lineage.
+    #[serde(default)]
+    pub discard: bool,
+}
+
+/// Result of `POST /v1/abandon`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AbandonReport {
+    /// Path inside the mount.
+    pub image: String,
+    /// True when the whole copy was dropped; else this host follows the other lineage, and what it alone
+    /// has is a fork.
+    pub discarded: bool,
+}
+
 /// `POST /v1/wait`, streamed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
