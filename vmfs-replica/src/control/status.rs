@@ -129,8 +129,15 @@ impl NodeControl {
         let missing: Vec<_> =
             status.members.iter().filter(|m| !m.connected).map(|m| self.node.host_name(m.host)).collect();
         let waits = waits_for(status.shortage);
+        let stranger = |m: &&vmfs_proto::MemberStatus| m.connected && m.health == Health::Fenced;
+        let strangers: Vec<_> =
+            status.members.iter().filter(stranger).map(|m| self.node.host_name(m.host)).collect();
         match status.health {
             Health::Ok => None,
+            _ if status.role == Role::Owner && !strangers.is_empty() => Some(format!(
+                "{}: another store than the one that was admitted, or another lineage",
+                strangers.join(", ")
+            )),
             Health::Stalled if waits.is_some() && !missing.is_empty() => {
                 waits.map(|w| format!("{w}; not connected: {}", missing.join(", ")))
             }
@@ -138,6 +145,7 @@ impl NodeControl {
                 Some(format!("not connected: {}", missing.join(", ")))
             }
             Health::Fenced => Some("ownership is elsewhere".to_owned()),
+            Health::Failed => Some("the store could not be written; see the log".to_owned()),
             Health::Stalled if status.role == Role::Replica => {
                 let owner = status.owner.map_or_else(|| "nobody".to_owned(), |h| self.node.host_name(h));
                 Some(format!("no owner; {owner} was the last one known here"))
@@ -157,6 +165,7 @@ impl NodeControl {
                 _ if m.host == me && image.pulling().is_some() => MemberState::Syncing,
                 _ if status.role != Role::Owner && m.host != me => MemberState::Unknown,
                 _ if !m.connected => MemberState::Offline,
+                Health::Fenced => MemberState::Stranger,
                 _ if m.host == me || m.durable_seq >= head || m.health == Health::Ok => MemberState::InSync,
                 _ => MemberState::CatchingUp,
             },

@@ -23,6 +23,10 @@ const SLOW_TICK_MS: u64 = 250;
 const LOOK_MS: u64 = 100;
 /// Payload appended in that time that makes the store busy.
 const BUSY_BYTES: u64 = 2 << 20;
+/// How long the store's background work rests after it failed, in milliseconds.
+const FAILED_PAUSE_MS: u64 = 1_000;
+/// How often that is logged, in milliseconds.
+const FAILED_TOLD_MS: u64 = 60_000;
 /// Background I/O of the store per round.
 const BACKGROUND_BYTES: u64 = 8 << 20;
 /// Key of this node's own record among the images' meta records.
@@ -132,6 +136,7 @@ impl NodeInner {
         let stopping = self.stopping();
         let (mut last_sweep, mut last_look) = (self.now(), self.now());
         let (mut appended, mut busy) = (0, false);
+        let (mut failed_at, mut told_at): (Option<Millis>, Option<Millis>) = (None, None);
         while !*stopping.borrow() {
             // Prewriting segments competes with the writes it is to speed up: it waits for a calm moment.
             if self.now().since(last_look) >= LOOK_MS {
@@ -140,10 +145,17 @@ impl NodeInner {
                 busy = appended - before > BUSY_BYTES;
             }
             let budget = if busy { 0 } else { BACKGROUND_BYTES };
-            let more = self.store.background(budget).unwrap_or_else(|e| {
-                tracing::warn!("background work of the store: {e}");
-                false
-            });
+            let resting = failed_at.is_some_and(|t| self.now().since(t) < FAILED_PAUSE_MS);
+            let more = !resting
+                && self.store.background(budget).unwrap_or_else(|e| {
+                    failed_at = Some(self.now());
+                    // A disk that has died fails each time: said now and then.
+                    if told_at.is_none_or(|t| self.now().since(t) > FAILED_TOLD_MS) {
+                        told_at = failed_at;
+                        tracing::warn!("background work of the store: {e}");
+                    }
+                    false
+                });
             if self.now().since(last_sweep) > 1000 {
                 last_sweep = self.now();
                 self.sweep_deleted();

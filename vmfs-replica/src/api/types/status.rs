@@ -132,6 +132,9 @@ pub enum MemberState {
     Offline,
     /// Connected, but it cannot go on (its disk is full, its store failed).
     Parked,
+    /// Connected, but its copy cannot follow this chain: it has another store than the one that was
+    /// admitted, or another lineage.
+    Stranger,
     /// Nothing is known: only the owner hears from all members.
     Unknown,
 }
