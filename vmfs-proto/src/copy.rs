@@ -192,7 +192,8 @@ impl Machine {
                 start.verify(h.seq, &head, &self.state.members).map_err(|_| Refusal::BadCertificate)?;
                 if let Mandate::Forced(list) = &start.mandate {
                     // Nobody follows a separate lineage out of the one it is a member of.
-                    if self.is_admitted() && list.get(self.id.host).is_none() {
+                    let its_own = self.following.as_ref().is_some_and(|f| f.from_nothing);
+                    if self.is_admitted() && list.get(self.id.host).is_none() && !its_own {
                         return Err(Refusal::NotAllowed);
                     }
                 }

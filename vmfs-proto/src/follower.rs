@@ -25,6 +25,9 @@ pub(crate) struct Following {
     /// The certificate holds under a member list that this copy knows to have been in force: a
     /// diverging tail may be cut for it, and an owner be deposed.
     pub(crate) certified: bool,
+    /// There was nothing here when it was taken up: what is here is its chain and no other, so that no
+    /// lineage is left by following it through a forced promotion.
+    pub(crate) from_nothing: bool,
 }
 
 /// Block-level sync.
@@ -112,8 +115,9 @@ impl Machine {
                 }
             }
         };
-        let offered = Following { host: from, start, parent, certified };
-        if certified || self.state.head().seq == Seq::ZERO {
+        let from_nothing = self.state.head().seq == Seq::ZERO;
+        let offered = Following { host: from, start, parent, certified, from_nothing };
+        if certified || from_nothing {
             self.follow(env, offered, out);
         } else {
             self.start_walk(offered, out);

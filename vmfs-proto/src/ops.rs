@@ -124,6 +124,9 @@ pub enum OpError {
     /// The owner, or the last data copy, cannot be removed.
     #[error("the owner cannot be removed: hand over first")]
     RemoveOwner,
+    /// The host named has a copy on another lineage, which it does not leave by itself.
+    #[error("its copy is on another lineage: drop it there first (vmfs abandon IMAGE --discard)")]
+    OtherLineage,
     /// The member list would not be valid (too many members, none with data).
     #[error("not a valid member list")]
     BadMembers,

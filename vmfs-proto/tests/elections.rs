@@ -288,6 +288,42 @@ fn a_forced_lineage_is_followed_by_nobody_and_both_are_kept() {
 }
 
 #[test]
+fn hosts_whose_copies_an_operator_dropped_are_added_to_a_forced_lineage() {
+    let mut c = cluster(&[Replica; 3], STALL);
+    c.write_and_flush(0);
+    c.crash(0);
+    c.crash(1);
+    c.run(1000);
+    c.oracle.suspended = true;
+    assert!(matches!(force(&mut c, 2), Ok(OpOutcome::Promoted { forced: true, .. })));
+    let here = c.write_and_flush(2);
+    // An election in the forced lineage on top.
+    c.kill(2);
+    c.restart(2);
+    c.until("it serves its lineage again", 5000, |c| c.owner() == Some(2));
+    let add = |c: &mut Cluster, at: At| {
+        let member = vmfs_proto::testing::member(&c.nodes[at].id.clone(), Replica);
+        let token = c.op(2, |token| Input::AddMember { member, token });
+        c.answer(token)
+    };
+    c.restart(0);
+    c.run(2000);
+    assert_eq!(add(&mut c, 0), Err(OpError::OtherLineage), "it does not leave its own by itself");
+    for at in [0, 1] {
+        c.crash(at);
+        c.discard(at);
+        c.restart(at);
+        c.run(2000);
+        assert_eq!(add(&mut c, at), Ok(OpOutcome::Done), "{}", c.describe());
+    }
+    c.until("all have it", 5000, |c| c.holds(0, here) && c.holds(1, here));
+    let kept = c.write_and_flush(2);
+    c.kill(2);
+    assert!(promote(&mut c, 1).is_ok());
+    assert!(c.holds(1, here) && c.holds(1, kept));
+}
+
+#[test]
 fn a_member_that_lost_what_it_acknowledged_does_not_vote() {
     let mut c = cluster(&[Replica; 3], STALL);
     c.cut(0, 2);

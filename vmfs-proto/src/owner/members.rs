@@ -84,7 +84,7 @@ impl Machine {
         token: Token,
         out: &mut Vec<Output>,
     ) {
-        if self.cancel_add(host, out) {
+        if self.cancel_add(host, OpError::Interrupted, out) {
             op_done(out, token, Ok(OpOutcome::Done));
             return;
         }
@@ -118,7 +118,7 @@ impl Machine {
     }
 
     /// Stops the catching up of a member that is not admitted yet.
-    fn cancel_add(&mut self, host: HostId, out: &mut Vec<Output>) -> bool {
+    pub(crate) fn cancel_add(&mut self, host: HostId, why: OpError, out: &mut Vec<Output>) -> bool {
         let head = self.state.head();
         let RoleState::Owner(o) = &mut self.role else { return false };
         let catching_up =
@@ -128,7 +128,7 @@ impl Machine {
         }
         let change = o.change.take().expect("invariant: just looked at");
         o.links.remove(&host);
-        op_done(out, change.token, Err(OpError::Interrupted));
+        op_done(out, change.token, Err(why));
         out.push(Output::StopStream { to: host });
         send(out, host, ImageMsg::NotMember { head });
         true

@@ -8,6 +8,7 @@ use vmfs_common::policy::{Member, MemberRole};
 use crate::api::{Env, Event, Output, Timing};
 use crate::lineage::common;
 use crate::machine::{Machine, RoleState, send};
+use crate::ops::OpError;
 use crate::owner::flush::old_epochs_count;
 
 /// What the owner knows of one member (or of one that is catching up before its admission).
@@ -135,6 +136,11 @@ impl Machine {
         promised: Epoch,
         out: &mut Vec<Output>,
     ) {
+        // It will say so again and again: only an operator can drop what it has.
+        let hopeless = matches!(why, Refusal::Fork | Refusal::BadCertificate | Refusal::NotAllowed);
+        if hopeless && self.cancel_add(from, OpError::OtherLineage, out) {
+            return;
+        }
         let RoleState::Owner(o) = &mut self.role else { return };
         let Some(link) = o.links.get_mut(&from) else { return };
         if why == Refusal::Promised && link.admitted && promised > o.start.epoch {

@@ -299,6 +299,12 @@ impl Cluster {
         self.nodes[at].synced = self.nodes[at].log.len();
     }
 
+    /// An operator has a host that is down drop its copy.
+    pub fn discard(&mut self, at: At) {
+        self.lose_log(at, 0);
+        self.nodes[at].discard();
+    }
+
     /// A host that is down comes back with an empty store directory.
     pub fn wipe(&mut self, at: At) {
         self.lose_log(at, 0);

@@ -173,6 +173,11 @@ impl Node {
         self.early.clear();
     }
 
+    /// Nothing is left of the image, in a store that stays the same.
+    pub(super) fn discard(&mut self) {
+        self.meta = None;
+    }
+
     pub(super) fn wipe(&mut self) {
         let mut id = (*self.id).clone();
         let mut store = *id.store.as_bytes();
