@@ -221,5 +221,5 @@ words!(ImageState {
 });
 words!(MemberState {
     InSync => "in-sync", CatchingUp => "catching-up", Syncing => "syncing", Offline => "offline",
-    Parked => "parked", Unknown => "unknown",
+    Parked => "parked", Stranger => "stranger", Unknown => "unknown",
 });
