@@ -271,6 +271,8 @@ fn a_forced_lineage_is_followed_by_nobody_and_both_are_kept() {
     c.run(5000);
     assert!(c.holds(2, here) && c.holds(0, there) && c.holds(1, there), "both lineages are kept");
     assert!(c.status(2).forced && !c.status(0).forced);
+    let stranger = c.status(0).members.into_iter().find(|m| m.host == c.nodes[2].id.host).unwrap();
+    assert_eq!((stranger.connected, stranger.health), (true, Health::Fenced));
     assert_eq!(c.owner().map(|at| c.status(at).epoch.host), Some(c.nodes[2].id.host), "it serves its own");
     assert!(c.events.iter().any(|(at, e)| *at == 2 && matches!(e, Event::Fork { .. })));
     // It votes for nobody in the other lineage.

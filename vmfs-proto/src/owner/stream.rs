@@ -165,6 +165,8 @@ impl Machine {
             }
             return;
         }
+        // Until it joins.
+        link.fenced |= why == Refusal::Fork;
         if link.offer_at.is_none() {
             link.restart(env.now, &self.timing);
             out.push(Output::StopStream { to: from });
