@@ -31,6 +31,7 @@ impl Owner {
             degraded,
             mark,
             reduced,
+            shortage,
             last_append: _,
             unsealed_since: _,
             synced_bytes: _,
@@ -40,7 +41,7 @@ impl Owner {
             election,
         } = self;
         chain.tip().head.digest.hash(h);
-        (start.digest, open, commit, flushed, frozen, degraded, mark, reduced, hold).hash(h);
+        (start.digest, open, commit, flushed, frozen, degraded, mark, reduced, shortage, hold).hash(h);
         for (host, link) in links {
             host.hash(h);
             link.fingerprint(clock, h);
@@ -75,6 +76,7 @@ impl Link {
             store,
             role,
             admitted,
+            absent,
             streaming,
             fenced,
             sent,
@@ -85,7 +87,7 @@ impl Link {
             // How long until the next offer.
             refusals: _,
         } = self;
-        (store, role, admitted, streaming, fenced, sent, acked, sync_asked).hash(h);
+        (store, role, admitted, absent, streaming, fenced, sent, acked, sync_asked).hash(h);
         (waiting_since.is_some(), clock.class_of(*offer_at)).hash(h);
     }
 }

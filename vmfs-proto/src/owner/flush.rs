@@ -13,7 +13,7 @@ use crate::owner::Owner;
 
 /// What is missing before a flush can be acknowledged: of members that can be expected to answer, beyond
 /// what the policy lets go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Shortage {
     /// Members of any kind.
     pub votes: usize,

@@ -166,8 +166,8 @@ impl Machine {
 }
 
 fn of_following(f: &Following) -> impl Hash {
-    let Following { host, start, parent, certified } = f;
-    (*host, start.digest, *parent, *certified)
+    let Following { host, start, parent, certified, from_nothing } = f;
+    (*host, start.digest, *parent, *certified, *from_nothing)
 }
 
 fn of_candidate(c: &Candidate, clock: &Clock, h: &mut impl Hasher) {
