@@ -2,10 +2,9 @@
 
 use vmfs_common::config::{ByteSize, HostName, TimeSpan};
 use vmfs_replica::api::{
-    AbandonReport, AbandonRequest,
-    FailReport, HandoverReport, HandoverRequest, ImageInfo, ImageStatus, PolicyReport, PolicySetRequest,
-    PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, VerifyReport,
-    VerifyRequest, WaitReport, WaitRequest,
+    AbandonReport, AbandonRequest, FailReport, HandoverReport, HandoverRequest, ImageInfo, ImageStatus,
+    PolicyReport, PolicySetRequest, PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest,
+    ReplicaReport, VerifyReport, VerifyRequest, WaitReport, WaitRequest,
 };
 
 use super::Ask;

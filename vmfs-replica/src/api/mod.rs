@@ -20,13 +20,12 @@ pub use metrics::MetricsServer;
 pub use progress::{Progress, ProgressEvent, StreamLine, Unit};
 pub use server::{ControlServer, ServerError};
 pub use types::{
-    AbandonReport, AbandonRequest,
-    Damage, FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport, HandoverRequest, HostInfo,
-    HostList, HostRemoveRequest, ImageInfo, ImageRequest, ImageRole, ImageState, ImageStatus, InviteReport,
-    InviteRequest, Loss, MemberName, MemberState, MemberStatus, PeerStatus, PolicyReport, PolicySetRequest,
-    PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, ScrubReport,
-    ScrubRequest, ScrubStatus, ScrubbedImage, StatusReport, Unopened, VerifyCopy, VerifyReport,
-    VerifyRequest, WaitReport, WaitRequest,
+    AbandonReport, AbandonRequest, Damage, FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport,
+    HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo, ImageRequest, ImageRole, ImageState,
+    ImageStatus, InviteReport, InviteRequest, Loss, MemberName, MemberState, MemberStatus, PeerStatus,
+    PolicyReport, PolicySetRequest, PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest,
+    ReplicaReport, ScrubReport, ScrubRequest, ScrubStatus, ScrubbedImage, StatusReport, Unopened, VerifyCopy,
+    VerifyReport, VerifyRequest, WaitReport, WaitRequest,
 };
 
 /// What [`Control`] answers with: a future that may borrow the daemon.

@@ -26,9 +26,9 @@ use super::error::ApiError;
 use super::metrics::metrics;
 use super::progress::{Progress, StreamLine};
 use super::types::{
-    AbandonRequest,
-    ForkDropRequest, HandoverRequest, HostRemoveRequest, ImageRequest, InviteRequest, PolicySetRequest,
-    PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ScrubRequest, VerifyRequest, WaitRequest,
+    AbandonRequest, ForkDropRequest, HandoverRequest, HostRemoveRequest, ImageRequest, InviteRequest,
+    PolicySetRequest, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ScrubRequest, VerifyRequest,
+    WaitRequest,
 };
 use super::{Answer, Control};
 

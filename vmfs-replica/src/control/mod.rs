@@ -14,12 +14,11 @@ use vmfs_common::{HostId, op::PATH_MAX_BYTES};
 use vmfs_proto::{Input, OpError, OpOutcome};
 
 use crate::api::{
-    AbandonReport, AbandonRequest,
-    Answer, ApiError, Control, FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport,
-    HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo, ImageRequest, InviteReport,
-    InviteRequest, Loss, PolicyReport, PolicySetRequest, Progress, PromoteReport, PromoteRequest,
-    ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, ScrubReport, ScrubRequest, StatusReport, Unit,
-    VerifyReport, VerifyRequest, WaitReport, WaitRequest,
+    AbandonReport, AbandonRequest, Answer, ApiError, Control, FailReport, ForkDropRequest, ForkInfo,
+    ForkList, HandoverReport, HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo,
+    ImageRequest, InviteReport, InviteRequest, Loss, PolicyReport, PolicySetRequest, Progress, PromoteReport,
+    PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, ScrubReport, ScrubRequest,
+    StatusReport, Unit, VerifyReport, VerifyRequest, WaitReport, WaitRequest,
 };
 use crate::node::{Ask, Image, Node, Pending, Told};
 
