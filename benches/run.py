@@ -20,7 +20,7 @@ O_DIRECT, --time_based. Before each measurement the page cache is dropped, and (
 be quiet; a measurement during which other processes used more than a quarter of a core is marked noisy and repeated, up
 to --tries times. After each one ours waits until all replicas have everything; that CPU is accounted too.
 
-Needs root, /dev/fuse, fio, and free disk space of about 28 images (56 GiB; --size 1024 halves that). Builds the release binary unless VMFS_BIN names
+Needs root, /dev/fuse, fio, and free disk space of about 68 GiB (43 GiB with --size 1024). Builds the release binary unless VMFS_BIN names
 one. Everything it makes is in one scratch directory; at the end, also after a failure or Ctrl-C, it takes down what
 it brought up. A second Ctrl-C does not interrupt that.
 """
@@ -140,9 +140,11 @@ def run_all(args, rows, missing):
         peers = Peers(args.peers, args.tools, work, args.size)
         names, absent = select(args, peers)
         missing.update(absent)
-        # Each copy of the big image and the eight, and what the log of ours keeps beside them.
-        copies = sum(int(n) + 1 if n.isdigit() else COPIES.get(n, 1) for n in names)
-        need = (args.size * 5 // 4 * copies + 1024 * sum(int(n) + 1 for n in names if n.isdigit())) << 20
+        # Each copy of the big image and the eight. Beside them the log of ours keeps what random writes have superseded
+        # until its segment holds nothing else, at the latest until the sequential write of the next repetition.
+        ours = sum(int(n) + 1 for n in names if n.isdigit())
+        copies = ours + sum(COPIES.get(n, 1) for n in names if not n.isdigit())
+        need = (args.size * 5 // 4 * copies + max(1024, 300 * args.runtime) * ours) << 20
         if shutil.disk_usage(work).free < need:
             raise Failure(f"{work} has {shutil.disk_usage(work).free >> 30} GiB free; this run needs about {need >> 30} "
                           "(--size, --targets, --dir)")

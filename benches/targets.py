@@ -211,7 +211,7 @@ def load(bench, cluster, size_mib, seconds):
 
 def catchup(bench):
     args = bench.args
-    size_mib = 512 if args.quick else 4096
+    size_mib = args.size
     with bench.cluster(3, "catchup") as cluster, concurrent.futures.ThreadPoolExecutor(1) as pool:
         fio(bench.work, [cluster.path("load.img")], ["--rw=write", "--bs=1M", "--iodepth=8", f"--size={size_mib}M"])
         sparse_image(cluster.path("guest.img"), 1, 64)
@@ -222,7 +222,7 @@ def catchup(bench):
         guest.start()
         try:
             # Before: the same load with everybody there.
-            before_s, away_s = (5, 8) if args.quick else (20, 60)
+            before_s, away_s = (5 if args.quick else 20), args.away
             quiet = time.monotonic()
             load(bench, cluster, size_mib, before_s)
             cluster.wait_in_sync("load.img")
@@ -230,8 +230,9 @@ def catchup(bench):
             kill(cluster, "c")
             away = pool.submit(load, bench, cluster, size_mib, away_s)
             missed = away.result()
-            limit_s = 600
-            running = pool.submit(load, bench, cluster, size_mib, limit_s if not args.quick else 60)
+            # Random writes leave superseded data in the log: longer would need much disk.
+            limit_s = 240
+            running = pool.submit(load, bench, cluster, size_mib, limit_s)
             back = time.monotonic()
             start_daemons(cluster, "c")
             until("the replica is there again", 60, lambda: member(cluster, "load.img", "c")["state"] not in
@@ -254,7 +255,7 @@ def catchup(bench):
         if guest.error:
             raise Failure(f"the guest's write failed: {guest.error}")
     copied = missed / 2**20 + args.load_rate * (done - back)
-    row = {"sequential_mib_s": rates, "missed_mib": missed / 2**20, "states": states, "reconnect_s": linked - back,
+    row = {"away_s": args.away, "sequential_mib_s": rates, "missed_mib": missed / 2**20, "states": states, "reconnect_s": linked - back,
            "catchup_s": done - back, "rate_mib_s": copied / (done - back),
            "p99_before_ms": guest.p99_ms(quiet, quiet_end), "p99_during_ms": guest.p99_ms(back, done),
            "p99_away_ms": guest.p99_ms(quiet_end, back)}
@@ -275,7 +276,7 @@ def catchup_rows(r):
     sequential, rate = statistics.median(r["sequential_mib_s"]), r["rate_mib_s"]
     factor = r["p99_during_ms"] / r["p99_before_ms"]
     return [
-        ["catch-up after 60 s away under load", "80 % of the sequential rate", f"{rate:.0f} MiB/s",
+        [f"catch-up after {r['away_s']} s away under load", "80 % of the sequential rate", f"{rate:.0f} MiB/s",
          f"{rate / sequential * 100:.0f} % of {sequential:.0f} MiB/s; {r['missed_mib']:.0f} MiB missed, {r['catchup_s']:.1f} s "
          f"({', '.join(r['states'])})", verdict(rate, 0.8 * sequential)],
         ["guest latency meanwhile, p99 of 4 KiB + fdatasync", "at most doubled", f"{r['p99_during_ms']:.2f} ms",
@@ -406,6 +407,8 @@ def arguments():
     p.add_argument("--reps", type=int, default=None, help="[3]")
     p.add_argument("--updates", type=int, default=1000, help="random writes to each image before the kill [1000]")
     p.add_argument("--load-rate", type=int, default=30, help="MiB/s of the load beside the guest [30]")
+    p.add_argument("--away", type=int, default=None, help="seconds that the replica of `catchup` is away [60]")
+    p.add_argument("--size", type=int, default=None, help="MiB of the image of `catchup` [4096]")
     p.add_argument("--dir", default=None, help="where the scratch directory goes [TMPDIR]")
     p.add_argument("--json", default=None, help="raw results [docs/bench/targets.json with --write-docs]")
     p.add_argument("--write-docs", action="store_true")
@@ -415,6 +418,8 @@ def arguments():
     for name in args.only:
         if name not in PARTS:
             p.error(f"{name} is none of {', '.join(PARTS)}")
+    args.size = args.size or (512 if args.quick else 4096)
+    args.away = args.away or (8 if args.quick else 60)
     args.reps = args.reps or (1 if args.quick else 3)
     in_docs = os.path.join(docs.FOLDER, "targets.json")
     args.json = args.json or (in_docs if args.write_docs or args.render else os.path.abspath("targets.json"))
