@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use integration::harness::{Cluster, bytes};
+use integration::harness::{Cluster, bytes, until};
 
 const IDLE_LIMIT_MIB: u64 = 200;
 const LOAD_LIMIT_MIB: u64 = 512;
@@ -62,6 +62,40 @@ fn full_speed_writing_stays_under_512_mib() {
         let mib = memory_mib(cluster.pid(host), "VmHWM");
         println!("{host}: peak {mib} MiB");
         assert!(mib < LOAD_LIMIT_MIB, "{host} needed {mib} MiB");
+    }
+}
+
+/// The memory for updates on their way is one budget, however many images write; and it goes back afterwards.
+#[test]
+fn full_speed_writing_of_many_images_stays_under_512_mib_and_gives_memory_back() {
+    let cluster = Cluster::start("many");
+    let names: Vec<String> = (0..16).map(|i| format!("busy-{i}")).collect();
+    std::thread::scope(|scope| {
+        for name in &names {
+            let path = cluster.file("a", name);
+            scope.spawn(move || {
+                let file = File::create_new(path).unwrap();
+                let noise = bytes::noise(1, 4 << 20);
+                let (start, mut written) = (Instant::now(), 0_u64);
+                while start.elapsed() < Duration::from_secs(15) {
+                    for part in noise.chunks(1 << 20) {
+                        file.write_all_at(part, written % (32 << 20)).unwrap();
+                        written += 1 << 20;
+                    }
+                }
+                file.sync_all().unwrap();
+            });
+        }
+    });
+    names.iter().for_each(|name| cluster.wait_in_sync(name));
+    for host in cluster.hosts() {
+        let mib = memory_mib(cluster.pid(host), "VmHWM");
+        println!("{host}: peak {mib} MiB");
+        assert!(mib < LOAD_LIMIT_MIB, "{host} needed {mib} MiB");
+        until("the memory of the load is given back", Duration::from_secs(30), || {
+            let mib = memory_mib(cluster.pid(host), "VmRSS");
+            (mib < IDLE_LIMIT_MIB).then(|| println!("{host}: {mib} MiB afterwards"))
+        });
     }
 }
 

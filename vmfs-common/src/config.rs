@@ -210,7 +210,7 @@ impl Default for ReplicationConfig {
     fn default() -> Self {
         Self {
             max_lag: ByteSize::mib(256),
-            ring: ByteSize::mib(32),
+            ring: ByteSize::mib(64),
             stall_timeout: TimeSpan::from_secs(600),
             lease: TimeSpan::from_millis(3000),
         }

@@ -104,7 +104,7 @@ impl Image {
             bounced: Mutex::default(),
             missing: Mutex::default(),
             edges: RwLock::new(()),
-            ring: Mutex::new(Ring::new(node.ring_bytes_per_image)),
+            ring: Mutex::new(Ring::new(node.rings.clone())),
             lines: Mutex::default(),
             pending: Mutex::default(),
             wakes: Mutex::default(),
@@ -221,11 +221,11 @@ impl Image {
 
     pub(super) fn appended(&self, update: &Update, payload: Bytes) {
         self.head.store(update.header.seq.0, Ordering::Release);
-        if let Some(node) = self.node.upgrade() {
-            node.appended_bytes.fetch_add(payload.len() as u64, Ordering::Relaxed);
-        }
+        let Some(node) = self.node.upgrade() else { return };
+        node.appended_bytes.fetch_add(payload.len() as u64, Ordering::Relaxed);
         let lines = self.lines.lock();
-        // A copy that feeds nobody keeps nothing: who asks later is served from the log.
+        // Only the owner's streams go on with what is appended: other copies keep nothing, and who asks one of
+        // them is served from its log.
         if !lines.values().any(|l| l.is_feeding()) {
             return;
         }

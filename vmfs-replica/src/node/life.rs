@@ -14,6 +14,7 @@ use vmfs_proto::{Input, OpError};
 
 use super::NodeInner;
 use super::image::{Image, Pending};
+use super::memory::{self, GiveBack};
 
 /// How often machines whose deadline has come are called, in milliseconds.
 const TICK_MS: u64 = 10;
@@ -137,12 +138,16 @@ impl NodeInner {
         let (mut last_sweep, mut last_look) = (self.now(), self.now());
         let (mut appended, mut busy) = (0, false);
         let (mut failed_at, mut told_at): (Option<Millis>, Option<Millis>) = (None, None);
+        let mut give_back = GiveBack::default();
         while !*stopping.borrow() {
             // Prewriting segments competes with the writes it is to speed up: it waits for a calm moment.
             if self.now().since(last_look) >= LOOK_MS {
                 last_look = self.now();
                 let before = std::mem::replace(&mut appended, self.appended_bytes.load(Ordering::Relaxed));
                 busy = appended - before > BUSY_BYTES;
+                if give_back.is_due(last_look, appended, busy) {
+                    memory::give_back();
+                }
             }
             let budget = if busy { 0 } else { BACKGROUND_BYTES };
             let resting = failed_at.is_some_and(|t| self.now().since(t) < FAILED_PAUSE_MS);
@@ -186,7 +191,12 @@ impl Image {
         let wanted = status.members.iter().map(|m| m.durable_seq).min();
         if let Some(seq) = wanted {
             self.store.retain_from(seq.next());
-            self.ring.lock().trim_below(seq.next());
+        }
+        let mut ring = self.ring.lock();
+        match wanted {
+            Some(seq) if status.owner == Some(self.node().identity.host) => ring.trim_below(seq.next()),
+            // An owner once, or without members: nobody will ask.
+            _ => ring.clear(),
         }
     }
 

@@ -16,6 +16,7 @@ mod incoming;
 mod io;
 mod life;
 mod line;
+mod memory;
 mod repair;
 mod ring;
 mod scrub;
@@ -77,7 +78,7 @@ pub struct NodeInner {
     known_stores: Mutex<BTreeMap<HostId, StoreId>>,
     started: Instant,
     claims_version: AtomicU64,
-    pub(crate) ring_bytes_per_image: usize,
+    rings: Arc<ring::RingBudget>,
     sync_server: Arc<SyncServer>,
     peer_claims: Mutex<claims::PeerClaims>,
     stopping: tokio::sync::watch::Sender<bool>,

@@ -18,6 +18,7 @@ use vmfs_store::{ImageStore, Store, StoreError};
 
 use super::image::Image;
 use super::incoming::{Handler, Incoming};
+use super::ring::RingBudget;
 use super::sync::SyncServer;
 use super::{Node, NodeInner, fill_random};
 
@@ -116,7 +117,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
     let mut serial = [0; 4];
     fill_random(&mut serial);
     let first_claims_version = u64::from(u32::from_le_bytes(serial)) << 16;
-    let ring_bytes_per_image = usize::try_from(config.replication.ring.bytes() / 2).unwrap_or(16 << 20);
+    let rings = RingBudget::new(usize::try_from(config.replication.ring.bytes()).unwrap_or(usize::MAX));
     let node = Arc::new(NodeInner {
         identity,
         timing,
@@ -130,7 +131,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
         started: Instant::now(),
         // Not the same after a restart, so that nobody takes the new claims for the old ones.
         claims_version: AtomicU64::new(first_claims_version),
-        ring_bytes_per_image,
+        rings,
         sync_server: Arc::new(SyncServer::default()),
         peer_claims: Mutex::default(),
         stopping: watch::Sender::new(false),
