@@ -4,6 +4,7 @@
     apt-get install -y fio glusterfs-server glusterfs-client     # once; GlusterFS does not have to run
     ../shared/peers/get-tools.sh                                 # once, about 4 minutes (mended QEMU, pass-through FUSE)
     benches/run.py --write-docs                                  # the full run: about 70 minutes, on a quiet machine
+    benches/run.py --runtime 4 --size 1024 --quiet-wait 0 --write-docs        # about 30 minutes
     benches/run.py --quick                                       # everything once, small: about 6 minutes, proves little
     benches/run.py --render --write-docs                         # the tables again from docs/bench/matrix.json
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """How cost grows, as plots:
 
-    benches/scale.py --write-docs                  # all four: about 45 minutes, on a quiet machine
-    benches/scale.py --quick                       # few points, once: about 4 minutes
+    benches/scale.py --write-docs                  # all four: about 22 minutes, on a quiet machine
+    benches/scale.py --reps 1 --write-docs         # all points, once: about 8 minutes
+    benches/scale.py --quick                       # few points, once: about 3 minutes
     benches/scale.py --only size,replicas          # some of: size, fragmentation, images, replicas
     benches/scale.py --render --write-docs         # the plots again from docs/bench/scale.json
 
@@ -147,7 +148,7 @@ def images(bench):
 
 def replicas(bench):
     args = bench.args
-    mib = 256 if args.quick else 1024
+    mib = 256 if args.quick else 512  # 15 copies of it
     clusters = {n: bench.cluster(n + 1, f"replicas-{n}") for n in ((0, 1, 4) if args.quick else range(5))}
     for cluster in clusters.values():
         fio(bench.work, [cluster.image], [*SEQ_WRITE, "--refill_buffers", f"--size={mib}M", "--end_fsync=1"])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The targets of issue 4 that are no fio workload:
 
-    benches/targets.py --write-docs                # all four: about 12 minutes, on a quiet machine
+    benches/targets.py --write-docs                # all four: about 10 minutes, on a quiet machine
     benches/targets.py --quick                     # small and once: about 3 minutes
     benches/targets.py --only promote,start        # some of: promote, catchup, start, memory
     benches/targets.py --render --write-docs       # the table again from docs/bench/targets.json
