@@ -52,7 +52,7 @@ const BROKEN: [(&str, Weakness, &str); 3] = [
     (
         "rrr fast=012 apart=01 promote=01 writes=2 flushes=1 promotions=2 soon=1",
         Weakness::HeadsByLength,
-        oracle::NOTHING_MISSING,
+        oracle::FLUSH_LOST,
     ),
     (
         "rrr fast=012 apart=01 together=no promote=1 cut=02 guests=0 writes=1 flushes=1 promotions=2 cuts=1 soon=2",

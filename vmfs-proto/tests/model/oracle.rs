@@ -30,8 +30,7 @@ pub(crate) struct Oracle {
 
 pub(crate) const FLUSH_LOST: &str = "a later owner lacks an acknowledged flush";
 pub(crate) const TWO_OWNERS: &str = "two owners had flushes acknowledged at the same time";
-pub(crate) const NOTHING_MISSING: &str =
-    "a promotion said that nothing is missing, and an acknowledged flush is";
+const NOTHING_MISSING: &str = "a promotion said that nothing is missing, and an acknowledged flush is";
 pub(crate) const BELOW_PROMISE: &str = "a member acknowledged an epoch below its promise";
 
 impl Oracle {
