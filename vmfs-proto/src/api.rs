@@ -171,7 +171,8 @@ pub enum Take {
     /// [`crate::Machine::rolled_back`], then judge the same update again with
     /// [`crate::Machine::check_update`].
     RollBack {
-        /// The common ancestor, which [`Env::history`] has confirmed.
+        /// The common ancestor, which [`Env::history`] has confirmed, unless the log was trimmed beyond it:
+        /// then the roll-back is not possible, and block-level sync takes its place.
         to: Head,
     },
     /// Left over from a stream that has been refused already: drop it without counting.
@@ -231,6 +232,14 @@ pub enum Input {
         /// The member.
         to: HostId,
         /// The last update handed to the connection.
+        seq: Seq,
+    },
+    /// The stream to a member has come to an update that can no longer be read from the log (its payload, or
+    /// the log around it, is damaged): the member gets the blocks instead.
+    LogUnreadable {
+        /// The member.
+        to: HostId,
+        /// The update.
         seq: Seq,
     },
     /// The operator wants this host to own the image. Answered by [`Output::OpDone`].

@@ -125,7 +125,7 @@ impl Machine {
     pub(crate) fn promote(&mut self, env: &mut Env<'_>, force: bool, token: Token, out: &mut Vec<Output>) {
         let refuse = |why, out: &mut Vec<Output>| op_done(out, token, Err(why));
         if self.kind == MemberRole::Witness
-            || (!self.is_admitted() && !force)
+            || ((!self.is_admitted() || self.meta.has_given_up()) && !force)
             || self.state.head().seq == Seq::ZERO
         {
             return refuse(OpError::NotDataMember, out);
@@ -180,7 +180,7 @@ impl Machine {
     pub(crate) fn bid(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let (promised, current) = (self.promised(), self.epoch());
         let RoleState::Candidate(c) = &mut self.role else { return };
-        let number = promised.number.max(current.number).max(c.outbid_by.number) + 1;
+        let number = promised.number.max(current.number).max(c.outbid_by.number).saturating_add(1);
         let ballot = Epoch { number, host: self.id.host };
         let mut bytes = [0; 32];
         (env.entropy)(&mut bytes);
@@ -313,7 +313,7 @@ impl Machine {
         out: &mut Vec<Output>,
     ) {
         let (jitter, quorum) = (self.jitter(env), self.has_quorum());
-        if self.elector(from).is_none() {
+        if self.elector(from).is_none() || matches!(why, VoteRefusal::Promised(p) if !self.is_near(p)) {
             return;
         }
         let RoleState::Candidate(c) = &mut self.role else { return };

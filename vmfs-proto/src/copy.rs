@@ -57,6 +57,7 @@ impl Machine {
             self.fetch_refused(env, out);
             return;
         }
+        let first = !self.muted;
         if self.authority(from).is_some() {
             if self.muted && why == Refusal::Gap {
                 return;
@@ -64,14 +65,41 @@ impl Machine {
             self.muted = true;
         }
         self.send_refused(from, why, seq, out);
-        let head = self.state.head();
-        let next =
-            seq == head.seq.next() && head.epoch.host == from && self.authority(from) == Some(head.epoch);
-        // The owner's chain leaves ours at the head. A single frame may be bad; twice, with a new stream
-        // in between, it is the head that is not the owner's.
-        let again = why == Refusal::WrongParent && next && self.suspect.replace(head) == Some(head);
-        if why == Refusal::WrongHeadTag || again {
+        if why == Refusal::WrongHeadTag {
             self.drop_unconfirmed_head(env, out);
+        } else if let Some(u) = update.filter(|_| why == Refusal::WrongParent && first) {
+            self.parted(env, from, u, out);
+        }
+    }
+
+    /// The first update of a stream does not follow what this copy holds before it. A single frame may be bad;
+    /// twice, with a new stream in between, it is the head that is not the owner's; and when that is
+    /// confirmed, or a certified later owner's chain leaves it too, somebody has made two.
+    fn parted(&mut self, env: &mut Env<'_>, from: HostId, update: &Update, out: &mut Vec<Output>) {
+        let (head, h) = (self.state.head(), &update.header);
+        let own = if h.seq == head.seq.next() { Some(head) } else { (env.history)(h.seq.prev()) };
+        let live = own == Some(head) && self.epoch().host == from && self.authority(from) == Some(head.epoch);
+        let later = self
+            .following
+            .as_ref()
+            .is_some_and(|f| f.host == from && f.certified && f.start.epoch > head.epoch);
+        let Some(own) = own.filter(|o| (live || later) && o.seq > Seq::ZERO) else { return };
+        if self.suspect.replace(own) != Some(own) {
+            return;
+        }
+        if live && self.confirmed != Some(head) {
+            self.drop_unconfirmed_head(env, out);
+        } else {
+            self.found_fork(Head { digest: h.parent, ..own }, out);
+        }
+    }
+
+    /// Evidence that an owner has made two updates with one parent: kept, reported once for each head, never
+    /// resolved by guessing.
+    fn found_fork(&mut self, theirs: Head, out: &mut Vec<Output>) {
+        if self.forked.replace(theirs) != Some(theirs) {
+            *self.refusals.entry(Refusal::Fork).or_insert(0) += 1;
+            self.note_foreign(theirs, out);
         }
     }
 
@@ -167,8 +195,13 @@ impl Machine {
             // The certified chain contains this copy: what is offered beside it cannot be that chain.
             return Err(if h.seq > head.seq { Refusal::WrongParent } else { Refusal::Replay });
         }
-        let to = if h.seq == Seq(1) { Some(Head::default()) } else { (env.history)(h.seq.prev()) };
-        let to = to.filter(|to| to.digest == h.parent).ok_or(Refusal::WrongParent)?;
+        let prev = h.seq.prev();
+        let to = if h.seq == Seq(1) { Some(Head::default()) } else { (env.history)(prev) };
+        let to = match to {
+            // This copy's log was trimmed beyond it: the roll-back will find that the blocks are needed.
+            None if prev < env.log_start => Head { epoch: Epoch::default(), seq: prev, digest: h.parent },
+            other => other.filter(|to| to.digest == h.parent).ok_or(Refusal::WrongParent)?,
+        };
         if to.seq < self.meta.commit.1 || to.seq >= head.seq {
             return Err(Refusal::Fork);
         }
@@ -219,6 +252,7 @@ impl Machine {
             self.owner_heard_ns = env.time_ns;
         }
         self.suspect = None;
+        self.forked = None;
         self.apply(env, update, out);
         if fetched {
             self.fetch_took(env, out);
@@ -243,7 +277,9 @@ impl Machine {
         let h = &update.header;
         let before = matches!(h.op, Op::Members(_) | Op::Policy(_)).then(|| self.rule());
         self.state.apply(update);
-        if h.commit > Seq::ZERO {
+        // What is not vouched for may have to be cut again: its claims count once a Seal has confirmed them.
+        let vouched = self.meta.floor.is_none();
+        if h.commit > Seq::ZERO && vouched {
             self.note_commit(env, h.epoch, h.commit);
         }
         if let Op::EpochStart(start) = &h.op {
@@ -253,7 +289,7 @@ impl Machine {
             }
             self.persist_later(env.now);
         }
-        if h.acked.len() == self.state.members.len() {
+        if h.acked.len() == self.state.members.len() && vouched {
             self.meta.acked_seen.at = (h.epoch, h.seq);
             self.meta.acked_seen.acked.clone_from(&h.acked);
         }
@@ -308,6 +344,9 @@ impl Machine {
         self.meta.commit = self.meta.commit.min(to.rank());
         if self.meta.floor.is_some_and(|f| to.seq <= f.seq) {
             self.meta.floor = None;
+        }
+        if self.meta.has_given_up() && self.meta.forced.is_some_and(|f| !self.has_begun(f)) {
+            self.meta.forced = None;
         }
         let rule = self.rule();
         self.meta.previous = self.meta.previous.take().and_then(|p| p.cut_to(to.seq, &rule));

@@ -85,7 +85,7 @@ impl Machine {
             return;
         }
         let bound = current.max(self.bound());
-        if self.meta.forced.is_some() && start.epoch != current {
+        if self.meta.forced.is_some() && !self.meta.has_given_up() && start.epoch != current {
             // A lineage that an operator has split off meets the other one: both are kept.
             self.note_foreign(start, out);
             self.refuse(env, from, None, Refusal::Fork, out);
@@ -245,6 +245,8 @@ impl Machine {
         self.sync.stale = self.sync.in_flight;
         self.meta.acked_seen = crate::meta::AckedSeen::default();
         self.meta.floor = None;
+        self.forked = None;
+        self.meta.forced = self.meta.forced.filter(|_| !self.meta.has_given_up());
         self.meta.previous = None;
         self.meta.acked = self.meta.acked.min(after.rank());
         self.persist(out);

@@ -87,10 +87,12 @@ pub struct Machine {
     pub(crate) ack_due: Option<(Seq, Seq)>,
     /// A stream was refused: what is left of it is dropped until the owner offers again.
     pub(crate) muted: bool,
-    /// The head, when the owner's next update did not follow it; if that happens again, it goes.
+    /// What the first update of a stream did not follow, although it should; see [`Machine::refuse`].
     pub(crate) suspect: Option<Head>,
     /// The head, when the one after it was dropped: it is the owner's.
     pub(crate) confirmed: Option<Head>,
+    /// The other one of two updates that an owner made with one parent, when this copy holds one of them.
+    pub(crate) forked: Option<Head>,
     pub(crate) flushes: VecDeque<Waiting>,
     pub(crate) handover: Option<HandoverOp>,
     pub(crate) block_sync: BlockSync,
@@ -137,6 +139,7 @@ impl Machine {
             muted: false,
             suspect: None,
             confirmed: None,
+            forked: None,
             flushes: VecDeque::new(),
             handover: None,
             block_sync: BlockSync::default(),
@@ -180,9 +183,10 @@ impl Machine {
         m
     }
 
-    /// Takes up an image found in the store. `durable` is its head after the store's recovery has
-    /// synced it, which is `state.head()`. When this host owned the last epoch it starts a restart
-    /// election.
+    /// Takes up an image found in the store; all of it is durable after the store's recovery. `cut_off` is
+    /// the head of the tail that the store keeps as a fork after `state.head()`, if there is one (the highest):
+    /// a roll-back may have taken effect there before this machine's record of it did. When this host owned
+    /// the last epoch it starts a restart election.
     ///
     /// # Errors
     /// The meta record is damaged or of another version: the image must not take part.
@@ -193,11 +197,13 @@ impl Machine {
         timing: Timing,
         kind: MemberRole,
         state: ImageState,
-        durable: Head,
+        cut_off: Option<Head>,
         meta: Option<&[u8]>,
         out: &mut Vec<Output>,
     ) -> Result<Self, CodecError> {
-        let meta = meta.map(Meta::decode).transpose()?.unwrap_or_default();
+        let mut meta = meta.map(Meta::decode).transpose()?.unwrap_or_default();
+        let durable = state.head();
+        meta.forgive(durable.rank(), cut_off);
         let mut m = Self::new(env, identity, timing, kind, state, durable, meta, env.now);
         let (head, rule) = (m.state.head().seq, m.rule());
         m.meta.previous = m.meta.previous.take().and_then(|p| p.cut_to(head, &rule));
@@ -206,7 +212,7 @@ impl Machine {
             // What was not vouched for has not survived.
             m.meta.floor = None;
         }
-        if m.meta.forced.is_some_and(|f| !m.state.epochs.iter().any(|e| e.epoch == f)) {
+        if m.meta.forced.is_some_and(|f| !m.has_begun(f)) {
             // The separate lineage was decided on, and never begun.
             m.meta.forced = None;
         }
@@ -214,7 +220,7 @@ impl Machine {
         let vouched = m.state.epoch_start().map_or(Seq::ZERO, |e| e.start.seq);
         m.meta.floor = m.meta.floor.filter(|f| f.seq >= vouched);
         m.persist(out);
-        let mine = m.epoch().host == m.id.host && m.is_admitted();
+        let mine = m.epoch().host == m.id.host && m.is_admitted() && !m.meta.has_given_up();
         if mine && kind == MemberRole::Replica {
             m.bid_after_restart(env, out);
         }
@@ -322,6 +328,7 @@ impl Machine {
             Input::Imported { state } => self.imported(env, *state, out),
             Input::ImportFailed => self.block_sync = BlockSync::Retry(env.now.plus(4 * self.timing.retry_ms)),
             Input::StreamProgress { to, seq } => self.stream_progress(to, seq),
+            Input::LogUnreadable { to, seq } => self.log_unreadable(env, to, seq, out),
             Input::Promote { force, token } => self.promote(env, force, token, out),
             Input::Handover { to, token } => self.hand_over(env, to, token, out),
             Input::AddMember { member, token } => self.add_member(env, member, token, out),
@@ -441,8 +448,10 @@ impl Machine {
         self.advance_owner(env, out);
         // Deposed by an owner that vanished before its epoch reached this copy: nobody else bids.
         let idle = matches!(self.role, RoleState::Follower) && self.following.is_none();
-        let mine =
-            self.epoch().host == self.id.host && self.kind == MemberRole::Replica && self.is_admitted();
+        let mine = self.epoch().host == self.id.host
+            && self.kind == MemberRole::Replica
+            && self.is_admitted()
+            && !self.meta.has_given_up();
         if !idle || !mine {
             self.reclaim_at = None;
         } else if self.reclaim_at.is_none() {

@@ -84,7 +84,8 @@ pub(crate) struct Meta {
     /// While set, everything above it came from a later owner than it belongs to and is not vouched
     /// for yet: votes name this head, and cut the rest.
     pub(crate) floor: Option<Head>,
-    /// The separate lineage this host was forced to start. It votes for no other.
+    /// The separate lineage this host was forced to start. It votes for no other. Without a host: it was given
+    /// up, and the copy waits to be brought back to the quorum's chain.
     pub(crate) forced: Option<Epoch>,
     /// See [`crate::Status::lineage`].
     pub(crate) lineage: u64,
@@ -117,6 +118,22 @@ fn get_secret(r: &mut Reader<'_>) -> Result<Option<(Epoch, [u8; 32])>, CodecErro
 }
 
 impl Meta {
+    /// True while the copy is still on a separate lineage that the operator has given up.
+    pub(crate) fn has_given_up(&self) -> bool {
+        self.forced.is_some_and(|f| f.host == HostId::default())
+    }
+
+    /// What was acknowledged beyond `head` was given up on purpose, if all of it is part of the tail that was
+    /// cut off there: no data was lost.
+    pub(crate) fn forgive(&mut self, head: Rank, cut_off: Option<Head>) {
+        if cut_off.is_some_and(|c| c.rank() >= self.acked && c.rank() >= self.acked_seen.at) {
+            self.acked = self.acked.min(head);
+            if self.acked_seen.at > head {
+                self.acked_seen = AckedSeen::default();
+            }
+        }
+    }
+
     /// Keeps the share of an epoch, and of few epochs before it.
     pub(crate) fn keep_share(&mut self, epoch: Epoch, share: Vec<u8>) {
         self.shares.retain(|(e, _)| *e != epoch);
@@ -237,6 +254,25 @@ mod tests {
     use super::*;
     use vmfs_common::identity::Signature;
     use vmfs_common::ids::StoreId;
+
+    /// Seed 3207 of the simulator: the power failed between a roll-back and the record of it, and the copy was
+    /// taken for one that had lost data, and counted in no election.
+    #[test]
+    fn what_was_cut_off_on_purpose_is_not_taken_for_lost() {
+        let e = |number| Epoch { number, ..Epoch::default() };
+        let (kept, acked) = ((e(1), Seq(5)), (e(1), Seq(9)));
+        let before =
+            Meta { acked, acked_seen: AckedSeen { at: acked, acked: vec![Seq(9)] }, ..Meta::default() };
+        let tail = |seq| Some(Head { epoch: e(1), seq: Seq(seq), digest: Digest::default() });
+        let mut cut = before.clone();
+        cut.forgive(kept, tail(12));
+        assert_eq!((cut.acked, cut.acked_seen), (kept, AckedSeen::default()));
+        for other in [None, tail(8)] {
+            let mut lost = before.clone();
+            lost.forgive(kept, other);
+            assert_eq!(lost, before, "nobody knows where the rest of it is: {other:?}");
+        }
+    }
 
     #[test]
     fn the_meta_record_round_trips_and_damage_is_noticed() {

@@ -101,6 +101,16 @@ pub struct Status {
 }
 
 impl Machine {
+    /// The highest update known to be committed. The store keeps a checkpoint at or below it, so that the
+    /// copy can be cut back to anything later.
+    #[must_use]
+    pub fn committed_seq(&self) -> Seq {
+        match &self.role {
+            RoleState::Owner(o) => o.commit,
+            _ => self.meta.commit.1,
+        }
+    }
+
     /// What `vmfs status` shows.
     #[must_use]
     pub fn status(&self, now: Millis) -> Status {
@@ -128,7 +138,7 @@ impl Machine {
                 RoleState::Owner(o) => o.shortage,
                 _ => Shortage::default(),
             },
-            forced: self.meta.forced.is_some(),
+            forced: self.meta.forced.is_some() && !self.meta.has_given_up(),
             lineage: self.meta.lineage,
             policy: self.state.policy,
             members: self.member_status(now),
@@ -163,6 +173,7 @@ impl Machine {
                     Health::Fenced
                 }
                 None => Health::Stalled,
+                Some(_) if self.forked.is_some() => Health::Fenced,
                 Some(f) if f.start.epoch > self.epoch() => Health::CatchingUp,
                 Some(_) if self.muted => Health::CatchingUp,
                 Some(_) => Health::Ok,

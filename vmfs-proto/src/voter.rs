@@ -11,6 +11,10 @@ use crate::api::{Env, Event, Output};
 use crate::follower::BlockSync;
 use crate::machine::{Machine, RoleState, send};
 
+/// How far above everything a copy knows of a ballot may be. Honest ones are at most a few bids
+/// above; without a bound a single lie would use up all numbers, and nobody could be elected again.
+pub(crate) const BALLOT_LEAP_MAX: u64 = 1 << 32;
+
 /// A promise on its way to the disk: first everything appended is made durable, then the meta
 /// record with the promise and the vote, and only then the vote is sent. From the moment it exists,
 /// updates of lower epochs are refused and nothing of them is acknowledged, so no append and no
@@ -91,6 +95,9 @@ impl Machine {
         if proposal.ballot <= highest {
             return Err(VoteRefusal::Promised(highest));
         }
+        if !self.is_near(proposal.ballot) {
+            return Err(VoteRefusal::OtherMembers);
+        }
         let data = self.state.members.get(from).is_some_and(|m| m.role == MemberRole::Replica);
         if !data && head.rank() <= self.state.head().rank() {
             return Err(VoteRefusal::OtherMembers);
@@ -115,6 +122,12 @@ impl Machine {
                 }
             }
         }
+    }
+
+    /// A ballot that honest bidding can have led to. See [`BALLOT_LEAP_MAX`].
+    pub(crate) fn is_near(&self, ballot: Epoch) -> bool {
+        let known = self.promised().max(self.epoch()).max(self.bound());
+        ballot.number <= known.number.saturating_add(BALLOT_LEAP_MAX)
     }
 
     /// The present owner's own vote for exactly this proposal.
@@ -252,14 +265,16 @@ impl Machine {
         token: crate::api::Token,
         out: &mut Vec<Output>,
     ) {
-        let Some(forced) = self.meta.forced.take() else {
+        let Some(forced) = self.meta.forced.filter(|_| !self.meta.has_given_up()) else {
             crate::machine::op_done(out, token, Err(crate::ops::OpError::NotForced));
             return;
         };
+        self.meta.forced = Some(Epoch { host: HostId::default(), ..forced });
         self.persist(out);
         if !matches!(self.role, RoleState::Follower) {
             self.become_follower(env, None, out);
         }
+        // Where the log was trimmed beyond it, the copy stays until the quorum's owner sends the blocks.
         if let Some(entry) = self.state.epochs.iter().find(|e| e.epoch == forced) {
             out.push(Output::RollBack { to: entry.parent, keep_fork: true });
         }
@@ -267,6 +282,13 @@ impl Machine {
             send(out, *host, ImageMsg::WhoOwns { head: self.state.head() });
         }
         crate::machine::op_done(out, token, Ok(crate::ops::OpOutcome::Done));
+    }
+
+    /// The separate lineage named in the meta record is part of this copy.
+    pub(crate) fn has_begun(&self, forced: Epoch) -> bool {
+        let begun =
+            Epoch { host: if self.meta.has_given_up() { self.id.host } else { forced.host }, ..forced };
+        self.state.epochs.iter().any(|e| e.epoch == begun)
     }
 
     pub(crate) fn note_foreign(&self, theirs: Head, out: &mut Vec<Output>) {

@@ -2,11 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use vmfs_common::chain::Refusal;
+use vmfs_common::election::Proposal;
 use vmfs_common::header::Update;
-use vmfs_common::msg::ImageMsg;
+use vmfs_common::msg::{ImageMsg, Join, Occasion};
+use vmfs_common::op::Op;
 use vmfs_common::policy::MemberRole::{self, Replica, Witness};
 use vmfs_common::policy::{Acks, ImagePolicy, OnQuorumLoss};
-use vmfs_common::{Digest, Head, Seq};
+use vmfs_common::{Digest, Epoch, Head, Seq};
 use vmfs_proto::testing::{At, Cluster, Packet, member};
 use vmfs_proto::{Input, OpError, OpOutcome};
 
@@ -245,4 +247,85 @@ fn a_voters_suffix_that_does_not_reach_its_voted_head_is_refused() {
     c.receive(2, 1, Packet::Msg(Box::new(ImageMsg::Headers { parent: before, headers, upto })));
     assert_eq!((refused(&c, 1, Refusal::Unvouched), c.nodes[1].head()), (1, before), "nothing cut or taken");
     let _: Head = upto;
+}
+
+/// Seed 237 of the simulator: what a later owner sends of an ended epoch is not vouched for before its next
+/// Seal, and so are its claims of commit points: the copy may have to be cut back below them.
+#[test]
+fn commit_points_claimed_by_updates_that_nobody_vouches_for_do_not_count_yet() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.isolate(2);
+    c.run(1000);
+    let start = c.nodes[2].head();
+    for _ in 0..5 {
+        c.write_and_flush(0);
+    }
+    assert!(promote(&mut c, 1).is_ok());
+    // Host 2 hears of the new owner, and gets the ended epoch's updates one by one.
+    let log: Vec<Update> = c.nodes[1].log.iter().map(|(u, _)| u.clone()).collect();
+    let begun = log.iter().rfind(|u| matches!(u.header.op, Op::EpochStart(_))).unwrap();
+    let (head, certificate) = (c.nodes[1].head(), begun.bytes.to_vec());
+    let offer = ImageMsg::Offer { head, start: begun.head(), log_start: Seq(1), certificate, role: Replica };
+    c.receive(1, 2, Packet::Msg(Box::new(offer)));
+    let commit = |c: &Cluster| c.nodes[2].machine.as_ref().unwrap().committed_seq();
+    let (mut claimed, mut vouched) = (0, start.seq);
+    for update in log.iter().filter(|u| u.header.seq > start.seq && u.header.epoch == start.epoch) {
+        c.receive(1, 2, Packet::Update(Box::new(update.clone())));
+        assert_eq!(c.nodes[2].head(), update.head());
+        if matches!(update.header.op, Op::Seal(_)) {
+            vouched = update.header.seq;
+        } else {
+            assert!(commit(&c) <= vouched, "{} is only claimed", commit(&c));
+            claimed += usize::from(update.header.commit > vouched);
+        }
+    }
+    assert!(claimed > 0, "nothing was claimed before a Seal");
+    c.receive(1, 2, Packet::Update(Box::new(begun.clone())));
+    c.heal(1, 2);
+    c.write_and_flush(1);
+    c.run(2000);
+    assert!(commit(&c) > begun.header.seq, "vouched for by now");
+}
+
+/// Seeds 65, 83 and 114 of the simulator with lying hosts: one proposal with the highest ballot there is, and
+/// nobody could be elected any more.
+#[test]
+fn an_absurd_ballot_does_not_use_up_the_numbers() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    let (state, id) = (c.nodes[1].machine.as_ref().unwrap().state().clone(), c.nodes[2].id.clone());
+    let ballot = Epoch { number: u64::MAX, host: id.host };
+    let (pub0, secret_hash) = (Digest::default(), Digest::default());
+    let members = state.members.digest();
+    let proposal =
+        Proposal { datastore: id.datastore, image: state.image, ballot, members, pub0, secret_hash };
+    let head = c.nodes[2].head();
+    let ask =
+        ImageMsg::Propose { proposal, occasion: Occasion::Operator, head, consent: None, role: Replica };
+    c.receive(2, 0, Packet::Msg(Box::new(ask.clone())));
+    c.receive(2, 1, Packet::Msg(Box::new(ask)));
+    let join = Join { store: id.store, head, durable: head, marks: Vec::new(), witness: false };
+    let lie = ImageMsg::Refused { why: Refusal::Promised, seq: Seq(1), promised: ballot, join };
+    c.receive(2, 0, Packet::Msg(Box::new(lie)));
+    c.run(2000);
+    c.write_and_flush(0);
+    assert!(promote(&mut c, 1).is_ok(), "{}", c.describe());
+    assert!(c.status(1).epoch.number < 100);
+    c.write_and_flush(1);
+}
+
+#[test]
+fn a_member_whose_part_of_the_log_is_damaged_is_given_the_blocks() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.cut(0, 2);
+    for _ in 0..5 {
+        c.write_and_flush(0);
+    }
+    let (bad, host) = (c.nodes[2].head().seq.next(), c.nodes[2].id.host);
+    c.heal(0, 2);
+    c.input(0, Input::LogUnreadable { to: host, seq: bad });
+    c.until("copying", 3000, |c| c.nodes[2].is_importing());
+    c.until("there", 5000, |c| c.nodes[2].head() == c.nodes[0].head());
 }

@@ -163,7 +163,6 @@ impl ImageStore {
         }
         tail.crcs = crcs;
         Arc::make_mut(&mut tail.state).apply(update);
-        self.set_commit(update.header.commit);
         Ok(())
     }
 

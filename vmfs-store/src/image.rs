@@ -265,6 +265,13 @@ impl ImageStore {
         }
         read_entries_of_log(&self.shared, &chain, from, head, bytes_max)
     }
+    /// The highest head of a kept fork that begins at this copy's head.
+    #[must_use]
+    pub fn cut_off(&self) -> Option<Head> {
+        let head = self.head();
+        let here = |f: &&crate::fork::Fork| f.info.ancestor == head;
+        self.forks.lock().iter().filter(here).map(|f| f.info.head).max_by_key(Head::rank)
+    }
     /// The kept forks, oldest first.
     #[must_use]
     pub fn forks(&self) -> Vec<ForkInfo> {
@@ -285,8 +292,8 @@ impl ImageStore {
     pub fn retain_from(&self, seq: Seq) {
         self.retain.store(seq.0, Ordering::Release);
     }
-    /// The highest committed update: one checkpoint at or below it is kept. It never goes back;
-    /// the commit points in appended updates count too.
+    /// The highest committed update: one checkpoint at or below it is kept. It never goes back. What appended
+    /// updates say of commit points does not count: whoever takes them knows whether they are to be believed.
     pub fn set_commit(&self, seq: Seq) {
         self.commit.fetch_max(seq.0, Ordering::AcqRel);
     }

@@ -386,11 +386,10 @@ impl Rebuild<'_> {
         }
         let mut state = Arc::clone(&body.state);
         let mut bytes = 0u64;
-        let mut commit = body.commit;
+        let commit = body.commit;
         for (_, record, update) in &tale.updates {
             Arc::make_mut(&mut state).apply(update);
             bytes += (update.bytes.len() + record.crcs.len() * vmfs_common::BLOCK_BYTES) as u64;
-            commit = commit.max(update.header.commit);
         }
         let log_bytes = self.chain.iter().map(|c| c.seg.class.bytes()).sum();
         let forks = self.forks();

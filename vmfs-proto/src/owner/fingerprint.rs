@@ -86,8 +86,10 @@ impl Link {
             offer_at,
             // How long until the next offer.
             refusals: _,
+            unreadable,
         } = self;
-        (store, role, admitted, absent, streaming, fenced, sent, acked, sync_asked).hash(h);
+        let place = (sent, acked, sync_asked, unreadable);
+        (store, role, admitted, absent, streaming, fenced, place).hash(h);
         (waiting_since.is_some(), clock.class_of(*offer_at)).hash(h);
     }
 }

@@ -222,8 +222,9 @@ impl Machine {
             o.flushed = o.flushed.max(points.flush);
         }
         let (epoch, commit, flushed) = (o.start.epoch, o.commit, o.flushed);
-        if commit.max(flushed) > Seq::ZERO {
-            self.note_commit(env, epoch, commit.max(flushed));
+        // Not what was flushed: with `acks = "local"` a later owner's chain may lack it, and is followed.
+        if commit > Seq::ZERO {
+            self.note_commit(env, epoch, commit);
         }
         if opened {
             self.opened(env, out);

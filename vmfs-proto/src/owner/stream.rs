@@ -36,6 +36,8 @@ pub(crate) struct Link {
     /// When to offer again after a refusal.
     pub(crate) offer_at: Option<Millis>,
     pub(crate) refusals: u32,
+    /// Up to here it cannot be fed from the log, which is damaged there.
+    pub(crate) unreadable: Seq,
 }
 
 impl Link {
@@ -53,6 +55,7 @@ impl Link {
             waiting_since: None,
             offer_at: None,
             refusals: 0,
+            unreadable: Seq::ZERO,
         }
     }
 
@@ -112,7 +115,7 @@ impl Machine {
             out.push(Output::Report(Event::Fork { ours: head, theirs: join.head }));
             return;
         };
-        if after.next() < env.log_start {
+        if after.next() < env.log_start || after < link.unreadable {
             send(out, from, ImageMsg::Behind { log_start: env.log_start });
             return;
         }
@@ -141,9 +144,10 @@ impl Machine {
         if hopeless && self.cancel_add(from, OpError::OtherLineage, out) {
             return;
         }
+        let near = self.is_near(promised);
         let RoleState::Owner(o) = &mut self.role else { return };
         let Some(link) = o.links.get_mut(&from) else { return };
-        if why == Refusal::Promised && link.admitted && promised > o.start.epoch {
+        if why == Refusal::Promised && near && link.admitted && promised > o.start.epoch {
             let serving = o.links.values().filter(|l| l.admitted && l.streaming).count();
             let quorum = self.state.members.quorum();
             let without = serving + 1 - usize::from(o.links.get(&from).is_some_and(|l| l.streaming));
@@ -175,6 +179,17 @@ impl Machine {
 
     pub(crate) fn on_who_owns(&mut self, env: &Env<'_>, from: HostId, out: &mut Vec<Output>) {
         self.offer(env, from, out);
+    }
+
+    /// The log is damaged where this member would go on: at its next join it is sent to block-level sync.
+    pub(crate) fn log_unreadable(&mut self, env: &Env<'_>, to: HostId, seq: Seq, out: &mut Vec<Output>) {
+        if let RoleState::Owner(o) = &mut self.role
+            && let Some(link) = o.links.get_mut(&to)
+        {
+            link.unreadable = link.unreadable.max(seq);
+            link.restart(env.now, &self.timing);
+            out.push(Output::StopStream { to });
+        }
     }
 
     pub(crate) fn stream_progress(&mut self, to: HostId, seq: Seq) {

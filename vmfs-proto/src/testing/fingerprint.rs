@@ -115,6 +115,7 @@ impl Machine {
             muted,
             suspect,
             confirmed,
+            forked,
             flushes,
             handover,
             block_sync,
@@ -126,7 +127,7 @@ impl Machine {
         (meta_version - meta_persisted, *meta_persisted > 0, clock.class_of(*meta_due)).hash(h);
         (connected, clock.class(*rebid_after) > 0, clock.class_of(*reclaim_at)).hash(h);
         let SyncState { in_flight, again, stale } = sync;
-        (in_flight, again, stale, ack_due, muted, suspect, confirmed).hash(h);
+        (in_flight, again, stale, ack_due, muted, suspect, confirmed, forked).hash(h);
         following.as_ref().map(of_following).hash(h);
         walk.is_some().hash(h);
         if let Some(Walk { offered, last, lists }) = walk {

@@ -319,9 +319,8 @@ impl Cluster {
         self.nodes[at].up = true;
         if let Some((state, meta)) = self.nodes[at].recover(self.image) {
             let (id, timing, kind) = (self.nodes[at].id.clone(), self.timing.clone(), self.nodes[at].kind);
-            let durable = state.head();
             self.make(at, |env, out| {
-                Machine::recover(env, id, timing, kind, state, durable, meta.as_deref(), out)
+                Machine::recover(env, id, timing, kind, state, None, meta.as_deref(), out)
                     .expect("own meta record")
             });
         }

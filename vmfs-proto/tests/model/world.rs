@@ -401,9 +401,8 @@ impl World {
         let (id, kind) = (self.hosts[at].id.clone(), self.hosts[at].kind);
         self.host(at).up = true;
         if let Some((state, meta)) = self.host(at).recover(image) {
-            let durable = state.head();
             self.make(at, |env, out| {
-                Machine::recover(env, id, timing(), kind, state, durable, meta.as_deref(), out)
+                Machine::recover(env, id, timing(), kind, state, None, meta.as_deref(), out)
                     .expect("own meta record")
             });
         }

@@ -385,8 +385,8 @@ impl Image {
     pub(crate) fn ring_from(&self, from: Seq, bytes_max: usize) -> Option<Vec<RingItem>> {
         self.ring.lock().from(from, bytes_max)
     }
-    pub(crate) fn log_from(&self, from: Seq, bytes_max: usize) -> Result<Vec<RingItem>, String> {
-        let entries = self.store.read_log(from, bytes_max).map_err(|e| e.to_string())?;
+    pub(crate) fn log_from(&self, from: Seq, bytes_max: usize) -> Result<Vec<RingItem>, StoreError> {
+        let entries = self.store.read_log(from, bytes_max)?;
         Ok(entries.into_iter().map(|e| from_log(&e.update, e.payload)).collect())
     }
 
@@ -515,7 +515,10 @@ impl Image {
         why: &StoreError,
     ) {
         if let (StoreError::CannotRollBack { .. }, Some(from)) = (why, core.machine.status(env.now).owner) {
-            out.push(Output::StartBlockSync { from });
+            // From itself, after a lineage was given up: whoever owns the image will say so.
+            if from != self.node().identity.host {
+                out.push(Output::StartBlockSync { from });
+            }
             return;
         }
         tracing::error!(image = %self.id, "stopped: cannot roll back: {why}");

@@ -185,9 +185,12 @@ impl Image {
     /// stream has passed.
     fn keep_log_for_members(&self) {
         let now = self.node().now();
-        let status = self.core.lock().machine.status(now);
+        let (status, committed) = {
+            let core = self.core.lock();
+            (core.machine.status(now), core.machine.committed_seq())
+        };
         // Not what was flushed: with `acks = "local"` that may yet be rolled back.
-        self.store.set_commit(status.commit);
+        self.store.set_commit(committed);
         let wanted = status.members.iter().map(|m| m.durable_seq).min();
         if let Some(seq) = wanted {
             self.store.retain_from(seq.next());

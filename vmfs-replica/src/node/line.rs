@@ -14,6 +14,8 @@ use vmfs_common::header::Update;
 use vmfs_common::msg::{self, ImageMsg};
 use vmfs_common::{HostId, Seq};
 use vmfs_net::{NetError, Network, StreamSender};
+use vmfs_proto::Input;
+use vmfs_store::StoreError;
 
 use super::image::Image;
 use super::ring::RingItem;
@@ -306,7 +308,7 @@ impl Line {
         }
     }
 
-    fn log_unreadable(&self, image: &Arc<Image>, feed: Feed, serving: bool, why: &str) {
+    fn log_unreadable(&self, image: &Arc<Image>, feed: Feed, serving: bool, why: &StoreError) {
         tracing::debug!(image = %image.id.short(), peer = %self.peer.short(), "log from {}: {why}", feed.next);
         let mut q = self.queue.lock();
         if serving {
@@ -316,7 +318,13 @@ impl Line {
             self.feeding.store(false, Ordering::Release);
         }
         drop(q);
-        image.feed_failed(self.peer, feed.upto.filter(|_| serving));
+        let damaged = matches!(why, StoreError::BadPayload { .. } | StoreError::Corrupt { .. });
+        if damaged && !serving {
+            tracing::error!(image = %image.id, seq = %feed.next, "the log is damaged: {why}");
+            image.input(Input::LogUnreadable { to: self.peer, seq: feed.next });
+        } else {
+            image.feed_failed(self.peer, feed.upto.filter(|_| serving));
+        }
     }
 }
 

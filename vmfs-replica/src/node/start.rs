@@ -178,12 +178,12 @@ impl NodeInner {
                 self.store.remove_image(id).map_err(failed)?;
                 continue;
             }
-            let (kind, state, durable) = (copy.kind(), (*copy.state()).clone(), copy.durable_head());
+            let (kind, state, cut_off) = (copy.kind(), (*copy.state()).clone(), copy.cut_off());
             let mut damaged = None;
             self.admit(copy, |env, identity, timing, out| {
                 let meta = meta.as_ref().map(|m| m.as_slice());
                 let recovered =
-                    Machine::recover(env, identity.clone(), timing.clone(), kind, state, durable, meta, out);
+                    Machine::recover(env, identity.clone(), timing.clone(), kind, state, cut_off, meta, out);
                 recovered.unwrap_or_else(|e| {
                     damaged = Some(e);
                     Machine::blank(env, identity, timing, id, kind, out)
