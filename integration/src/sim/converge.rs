@@ -1,11 +1,15 @@
 //! Liveness: faults stop, everything is healed, and the cluster must come to identical copies.
 
+use vmfs_common::chain::Refusal;
 use vmfs_common::policy::MemberRole;
-use vmfs_proto::Input;
+use vmfs_proto::{Input, OpError};
 
 use super::At;
 use super::model::BLOCKS;
 use super::world::World;
+
+/// A damaged disk that keeps the copies from becoming identical is replaced after this.
+const DISK_PATIENCE_MS: u64 = 60_000;
 
 /// Virtual time within which an owner must serve, and copies must be identical, after the healing. A
 /// member whose own failed bids stand above a serving owner's epoch waits for that owner's next bid,
@@ -23,7 +27,16 @@ impl World {
             return;
         }
         let mut ordered = None;
-        while self.violation.is_none() && !self.is_settled() {
+        let mut checked = self.now;
+        while self.violation.is_none() && !(self.is_settled() && self.is_clean()) {
+            if self.now > checked + DISK_PATIENCE_MS * 1000 {
+                checked = self.now;
+                self.is_clean();
+            }
+            if self.now > deadline && self.is_evident() {
+                self.counts.evident += 1;
+                break;
+            }
             if self.now > deadline {
                 let roles = self.describe();
                 return self.fail(format!("not converged {BOUND_MS} ms after the last fault\n{roles}"));
@@ -35,8 +48,36 @@ impl World {
             self.check_copy(at, 0, BLOCKS);
             self.check_pinned(at);
             self.check_pinned(at);
+            self.check_forks(at);
+            self.scrub(at);
             self.verify(at);
         }
+    }
+
+    /// The bad disk holds nothing damaged any more; when it cannot be repaired, the operator replaces it.
+    fn is_clean(&mut self) -> bool {
+        let Some(at) = self.hosts.iter().position(|h| h.bad_disk && h.copy().is_some()) else { return true };
+        let clean = self.scrub(at);
+        if !clean {
+            self.replace_disk(at);
+        }
+        clean
+    }
+
+    /// A lie, or a disk that lost what was acknowledged, has led to histories that cannot be brought together,
+    /// and the machines say so: an operator has to choose.
+    fn is_evident(&self) -> bool {
+        if self.oracle.bereft {
+            return true;
+        }
+        if self.hosts.iter().all(super::host::Host::is_sound) {
+            return false;
+        }
+        let says = |m: &vmfs_proto::Machine, now| m.status(now).refusals.contains_key(&Refusal::Fork);
+        self.hosts.iter().any(|h| h.machine().is_some_and(|m| says(m, h.now(self.now))))
+            || self.oracle.answers.values().any(|a| {
+                matches!(a, Err(OpError::Fork(_) | OpError::BelowCommit { .. } | OpError::DataMissing { .. }))
+            })
     }
 
     fn known_seq(&self, at: At) -> u64 {
@@ -49,6 +90,7 @@ impl World {
     fn heal(&mut self) {
         self.note(|| "everything is healed".to_owned());
         let n = self.hosts.len();
+        self.reform();
         for at in 0..n {
             for peer in 0..n {
                 self.set_open(at, peer, true);
@@ -96,7 +138,9 @@ impl World {
                 // The data member with the highest head is promoted.
                 let best = (0..n)
                     .filter(|at| {
-                        self.hosts[*at].copy().is_some_and(|c| c.store.kind() == MemberRole::Replica)
+                        let copy = self.hosts[*at].copy();
+                        !self.oracle.unfit.contains(at)
+                            && copy.is_some_and(|c| c.store.kind() == MemberRole::Replica)
                     })
                     .max_by_key(|at| self.hosts[*at].machine().map(|m| m.state().head().rank()))?;
                 let bidding = (0..n).any(|at| {
@@ -105,7 +149,12 @@ impl World {
                 if bidding && self.rng.below(40) > 0 {
                     return None;
                 }
-                self.order(best, |token| Input::Promote { force: false, token })
+                let token = self.order(best, |token| Input::Promote { force: false, token })?;
+                if self.oracle.answers.get(&token) == Some(&Err(OpError::NotDataMember)) {
+                    // Its copy is higher, and on a lineage that was given up.
+                    self.oracle.unfit.insert(best);
+                }
+                Some(token)
             }
         }
     }
@@ -157,7 +206,8 @@ impl World {
         let Some(copy) = self.hosts[at].copy() else { return };
         let store = copy.store.clone();
         match store.verify(&mut |_, _| {}) {
-            Ok(r) if r.bad_blocks.is_empty() && r.bad_updates.is_empty() => {}
+            // Damage to the log beside the content lasts until the log is trimmed.
+            Ok(r) if r.bad_blocks.is_empty() && (r.bad_updates.is_empty() || self.hosts[at].bad_disk) => {}
             Ok(r) => self.fail(format!("host {at} does not verify: {r:?}")),
             Err(e) => self.store_error(at, &e, "verifying"),
         }

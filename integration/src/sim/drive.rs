@@ -162,6 +162,7 @@ impl World {
         let head = copy.store.head().seq;
         let Some(line) = copy.lines.get_mut(&peer) else { return };
         line.pumping = false;
+        let mut damaged = None;
         let (pause, failed) = match line.next_work(head) {
             Work::Idle => return,
             Work::Message(m) => {
@@ -180,6 +181,8 @@ impl World {
                     } else {
                         line.feed = None;
                     }
+                    let bad = matches!(e, StoreError::BadPayload { .. } | StoreError::Corrupt { .. });
+                    damaged = Some(feed.next).filter(|_| bad && !serving);
                     let what = format!("{at} cannot read its log for {peer}: {e}");
                     self.note(|| what);
                     (0, Some(feed.upto.filter(|_| serving)))
@@ -194,6 +197,9 @@ impl World {
                 (self.send(at, peer, Packet::Update(Rc::from(&*entry.update.bytes), payload)), None)
             }
         };
+        if let Some(seq) = damaged {
+            return self.input(at, Input::LogUnreadable { to, seq });
+        }
         match failed {
             Some(Some(upto)) => {
                 let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
@@ -247,7 +253,7 @@ impl World {
         self.note(|| format!("{at} {what}: {e}"));
         let host = &self.hosts[at];
         let latched = matches!(e, StoreError::Latched { .. });
-        if !(host.faulty || host.full || host.has_stopped() || latched) {
+        if !(host.is_excused() || latched) {
             self.fail(format!("{what} failed at host {at} on a healthy disk: {e}"));
         }
     }
@@ -306,7 +312,12 @@ impl World {
         let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
         let from = store.head();
         let retained = store.log_start() <= from.seq;
-        self.cutting(at, to);
+        // What the log was trimmed beyond has no epoch here, and cannot be gone back to.
+        if to.seq < store.log_start().prev() {
+            self.note(|| format!("{at} cannot roll back to {}", to.seq));
+        } else {
+            self.cutting(at, to);
+        }
         match store.roll_back(to, keep_fork) {
             Ok(fork) => {
                 self.note(|| format!("{at} rolls back from {} to {} of {}", from.seq, to.seq, to.epoch));
@@ -318,6 +329,10 @@ impl World {
                 if machine.status(self.hosts[at].now(self.now)).owner.is_some() =>
             {
                 let from = machine.status(self.hosts[at].now(self.now)).owner;
+                let from = from.filter(|h| *h != self.hosts[at].id.host);
+                // A separate lineage was given up, and the copy cannot be cut back to what it had promised the
+                // others: until it is given the blocks anew, it is lost to them.
+                self.oracle.bereft |= from.is_none();
                 out.extend(from.map(|from| Output::StartBlockSync { from }));
                 false
             }
@@ -334,9 +349,17 @@ impl World {
     /// Takes a frame off the wire.
     pub(crate) fn receive(&mut self, from: At, at: At, packet: &Packet) {
         let host = self.host_id(from);
+        self.heard(from, at);
         match packet {
             Packet::Control(bytes) => match msg::decode::<ImageMsg>(bytes) {
-                Ok(m) => self.message(host, at, m),
+                Ok(m) => {
+                    if let ImageMsg::Propose { proposal, .. } = &m {
+                        self.oracle.proposals.insert(proposal.digest(), proposal.ballot);
+                    }
+                    self.message(host, at, m);
+                }
+                // As the engine does: whoever says what cannot be read is hung up on.
+                Err(_) if self.hosts[from].liar => self.reset(from, at),
                 Err(e) => self.fail(format!("a message of host {from} does not decode: {e}")),
             },
             Packet::Update(header, payload) => match Update::decode(header) {
@@ -494,7 +517,7 @@ fn headers_between(store: &vmfs_store::ImageStore, after: Head, upto: Head) -> O
 }
 
 /// A message in one line.
-fn brief(m: &ImageMsg) -> String {
+pub(super) fn brief(m: &ImageMsg) -> String {
     let text = match m {
         ImageMsg::Offer { head, start, .. } => format!("Offer head {:?} start {:?}", head, start),
         ImageMsg::Headers { parent, headers, upto } => {

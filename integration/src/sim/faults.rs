@@ -1,6 +1,8 @@
 //! What fate and operators do to a cluster while it runs.
 
-use vmfs_common::header::Update;
+use vmfs_common::BLOCK_BYTES_U64;
+use vmfs_common::header::{Update, UpdateHeader};
+use vmfs_common::op::Op;
 use vmfs_common::policy::{Acks, ImagePolicy, Member, MemberRole, OnQuorumLoss};
 use vmfs_proto::Input;
 
@@ -24,6 +26,10 @@ pub(crate) struct Plan {
     wipes: bool,
     forced: bool,
     replays: bool,
+    /// One member's disk alters, misplaces and loses what was written.
+    rot: bool,
+    /// One member lies.
+    liar: bool,
 }
 
 impl Plan {
@@ -41,9 +47,28 @@ impl Plan {
             wipes: some(2),
             forced: some(1),
             replays: some(3),
+            rot: some(2),
+            liar: some(2),
         };
         w.note(|| format!("{plan:?}"));
         plan
+    }
+
+    /// The member whose disk is not to be trusted, or the one that lies. The promises bear a minority of them
+    /// where a flush never rests on one copy, and where nobody else is lost.
+    pub(crate) fn choose_the_unsound(&mut self, w: &mut World, roles: &[MemberRole], policy: ImagePolicy) {
+        let data = roles.iter().filter(|r| **r == MemberRole::Replica).count();
+        let strict = policy.acks != Acks::Local && policy.on_quorum_loss == OnQuorumLoss::Stall;
+        self.liar &= strict && roles.len() > 2 && data > 1;
+        self.rot &= strict && roles.len() > 2 && data > 1 && !self.liar;
+        if !self.liar && !self.rot {
+            return;
+        }
+        (self.members, self.wipes, self.forced) = (false, false, false);
+        let at = w.rng.index(roles.len());
+        (w.hosts[at].liar, w.hosts[at].bad_disk) = (self.liar, self.rot);
+        let what = if self.liar { "lies" } else { "has a bad disk" };
+        w.note(|| format!("{at} {what}"));
     }
 }
 
@@ -118,6 +143,12 @@ impl World {
     pub(crate) fn fault(&mut self, plan: &Plan) {
         let n = self.hosts.len();
         let (a, b) = (self.rng.index(n), self.rng.index(n));
+        if plan.rot && self.rng.one_in(4) {
+            return self.rot();
+        }
+        if plan.liar && self.rng.one_in(2) {
+            return self.lie();
+        }
         match self.rng.below(24) {
             0 if plan.crashes => {
                 self.power_cut(a);
@@ -160,7 +191,7 @@ impl World {
             17 if plan.full => self.fill_disk(a),
             18 if plan.wipes && self.rng.one_in(4) => self.wipe_a_minority(a),
             19 | 20 if plan.replays => self.replay(),
-            22 | 23 if plan.replays => self.forge(),
+            22 | 23 if plan.replays => self.forge(None),
             21 if self.rng.one_in(4) => {
                 // The wall clock jumps.
                 self.hosts[a].wall_skew_ns = 1_600_000_000_000_000_000 + (self.rng.next() >> 4);
@@ -235,7 +266,7 @@ impl World {
     }
 
     /// Somebody sends an update that the owner never made, or a bent one.
-    fn forge(&mut self) {
+    pub(crate) fn forge(&mut self, by: Option<At>) {
         let updates: Vec<_> =
             self.oracle.heard.iter().filter(|(_, _, p)| matches!(p, Packet::Update(..))).cloned().collect();
         if updates.is_empty() {
@@ -248,8 +279,9 @@ impl World {
         if self.rng.one_in(3) {
             from = self.rng.index(self.hosts.len());
         }
+        from = by.unwrap_or(from);
         let mut h = update.header;
-        match self.rng.below(4) {
+        match self.rng.below(6) {
             0 if !payload.is_empty() => {
                 let mut bytes = payload.to_vec();
                 let at = self.rng.index(bytes.len());
@@ -257,7 +289,12 @@ impl World {
                 payload = bytes.into();
             }
             1 => h.time_ns += 1,
-            2 => (h.seq, h.parent, h.epoch) = (head.seq.next(), head.digest, head.epoch),
+            2 => self.bend_field(&mut h),
+            3 => {
+                (h.seq, h.parent, h.epoch) = (head.seq.next(), head.digest, head.epoch);
+                self.bend_field(&mut h);
+            }
+            4 => (h.seq, h.parent, h.epoch) = (head.seq.next(), head.digest, head.epoch),
             _ => {
                 (h.seq, h.parent, h.epoch) = (head.seq.next(), head.digest, head.epoch);
                 h.epoch.number += 1;
@@ -273,6 +310,20 @@ impl World {
         });
         self.receive(from, to, &Packet::Update((*forged.bytes).into(), payload));
         self.settle(to);
+    }
+
+    fn bend_field(&mut self, h: &mut UpdateHeader) {
+        let bit = 1u8 << self.rng.below(8);
+        match self.rng.below(8) {
+            0 => h.commit = h.commit.next(),
+            1 => h.reveal[self.rng.index(32)] ^= bit,
+            2 => h.tag[self.rng.index(32)] ^= bit,
+            3 => h.flags ^= 1,
+            4 => h.start = vmfs_common::BlockIndex(h.start.0 + 1),
+            5 => h.acked.iter_mut().for_each(|s| *s = s.next()),
+            6 => h.public = vmfs_common::Digest::from_bytes([bit; 32]),
+            _ => h.op = Op::Resize { size_bytes: BLOCK_BYTES_U64 },
+        }
     }
 
     /// Something that was said before is said again, by the same host.

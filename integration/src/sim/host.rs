@@ -74,6 +74,8 @@ pub(crate) struct Known {
     /// The meta record last written with success, and one that may have been written after it.
     pub(crate) meta: Option<Vec<u8>>,
     pub(crate) meta_maybe: Option<Vec<u8>>,
+    /// When each other host was last heard about the image, on this host's wall clock.
+    pub(crate) heard_ns: BTreeMap<HostId, u64>,
     /// The highest ballot voted for: its proposal and head.
     pub(crate) vote: Option<(Epoch, Digest, vmfs_common::Head)>,
 }
@@ -93,6 +95,10 @@ pub(crate) struct Host {
     /// Some call fails, some sync fails, the disk is nearly full.
     pub(crate) faulty: bool,
     pub(crate) full: bool,
+    /// The disk loses, misplaces and alters what was written, now and then.
+    pub(crate) bad_disk: bool,
+    /// The host says what is not so.
+    pub(crate) liar: bool,
     pub(crate) known: Known,
 }
 
@@ -124,6 +130,8 @@ impl Host {
             stop_call: None,
             faulty: false,
             full: false,
+            bad_disk: false,
+            liar: false,
             known: Known::default(),
         }
     }
@@ -141,6 +149,14 @@ impl Host {
     }
     pub(crate) fn machine(&self) -> Option<&Machine> {
         self.copy()?.machine.as_ref()
+    }
+    /// What it says it holds is there, also after a restart.
+    pub(crate) const fn is_sound(&self) -> bool {
+        !self.bad_disk && !self.liar
+    }
+    /// The disk was made to fail, so that errors of the store are no surprise.
+    pub(crate) fn is_excused(&self) -> bool {
+        self.faulty || self.full || self.bad_disk || self.has_stopped()
     }
     /// True when the disk has come to the call at which the power fails.
     pub(crate) fn has_stopped(&self) -> bool {

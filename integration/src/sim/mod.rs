@@ -9,6 +9,8 @@
 //! - [`drive`]: carrying out a machine's outputs, as the engine of `vmfs-replica` does
 //! - [`link`], [`line`]: the network; what one host has to say to another
 //! - [`blocksync`]: block-level sync, in steps
+//! - [`rot`], [`liar`]: a disk, and a host, that cannot be trusted
+//! - [`tenure`]: what must hold of flushes, owners and promotions
 //! - [`schedule`]: what guests, operators and fate do
 //!
 //! Not here: sockets, threads, the mount, and a second image (images share nothing but the meta journal).
@@ -18,15 +20,18 @@ mod converge;
 mod drive;
 mod faults;
 mod host;
+mod liar;
 mod line;
 mod link;
 mod model;
 mod network;
 mod oracle;
 mod rng;
+mod rot;
 #[cfg(test)]
 mod scenarios;
 mod schedule;
+mod tenure;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -53,6 +58,16 @@ pub struct Tally {
     pub imports: u64,
     /// Promotions, hand-overs and changes of members and policy that succeeded.
     pub operations: u64,
+    /// Loss statements checked.
+    pub statements: u64,
+    /// Bits that flipped at rest.
+    pub rotten: u64,
+    /// Blocks repaired from another copy.
+    pub repaired: u64,
+    /// Lies told.
+    pub lies: u64,
+    /// Runs that ended in histories that cannot be brought together, by a lie or a bad disk, and said so.
+    pub evident: u64,
     /// Blocks read and compared.
     pub blocks_checked: u64,
     /// Milliseconds of virtual time.
@@ -71,6 +86,11 @@ impl Tally {
         self.forks += other.forks;
         self.imports += other.imports;
         self.operations += other.operations;
+        self.statements += other.statements;
+        self.rotten += other.rotten;
+        self.repaired += other.repaired;
+        self.lies += other.lies;
+        self.evident += other.evident;
         self.blocks_checked += other.blocks_checked;
         self.virtual_ms += other.virtual_ms;
         self.fingerprint ^= other.fingerprint;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use vmfs_common::policy::{Acks, OnQuorumLoss};
-use vmfs_common::{BLOCK_BYTES, Digest, Epoch, Head};
+use vmfs_common::{BLOCK_BYTES, Digest, Head};
 
 /// Blocks of the simulated image.
 pub(crate) const BLOCKS: usize = 160;
@@ -41,6 +41,8 @@ pub(crate) struct Node {
     pub(crate) forced: u32,
     /// Length in blocks after it.
     pub(crate) blocks: usize,
+    /// As its header says, nanoseconds.
+    pub(crate) time_ns: u64,
     content: Option<Rc<Fills>>,
 }
 
@@ -77,6 +79,7 @@ impl Model {
             effect: Effect::None,
             forced: 0,
             blocks: 0,
+            time_ns: 0,
             content: Some(Rc::new(vec![0; BLOCKS])),
         };
         Self { nodes: vec![root], by_digest: HashMap::from([(Digest::default(), 0)]) }
@@ -97,6 +100,7 @@ impl Model {
         head: Head,
         parent: Digest,
         effect: Effect,
+        time_ns: u64,
         forced: bool,
     ) -> Result<Ix, String> {
         let Some(parent) = self.by_digest.get(&parent).copied() else {
@@ -120,7 +124,7 @@ impl Model {
         if self.by_digest.insert(head.digest, ix).is_some() {
             return Err(format!("{head:?} was made twice"));
         }
-        self.nodes.push(Node { head, parent, jump, effect, forced, blocks, content: None });
+        self.nodes.push(Node { head, parent, jump, effect, forced, blocks, time_ns, content: None });
         if head.seq.0.is_multiple_of(SNAPSHOT_EVERY) {
             self.nodes[ix].content = Some(self.content(ix));
         }
@@ -197,14 +201,14 @@ impl Model {
         }
         a
     }
-    /// The epoch before that of an update.
-    pub(crate) fn ended(&self, ix: Ix) -> Epoch {
+    /// The last update of the epoch before that of an update.
+    pub(crate) fn end_of_previous(&self, ix: Ix) -> Ix {
         let epoch = self.nodes[ix].head.epoch;
         let mut at = ix;
         while at != 0 && self.nodes[at].head.epoch == epoch {
             at = self.nodes[at].parent;
         }
-        self.nodes[at].head.epoch
+        at
     }
     /// True when an operator's force lies between two chains: neither owes the other anything.
     pub(crate) fn split_by_force(&self, a: Ix, b: Ix) -> bool {
@@ -216,7 +220,7 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmfs_common::Seq;
+    use vmfs_common::{Epoch, Seq};
 
     fn head(seq: u64, branch: u8) -> Head {
         let mut d = [branch; 32];
@@ -230,12 +234,12 @@ mod tests {
         let mut parent = Digest::default();
         for seq in 1..=100 {
             let effect = Effect::Write { start: 0, fills: vec![u32::try_from(seq).unwrap()] };
-            m.add(head(seq, 1), parent, effect, false).unwrap();
+            m.add(head(seq, 1), parent, effect, seq, false).unwrap();
             parent = head(seq, 1).digest;
         }
         let mut parent = head(40, 1).digest;
         for seq in 41..=90 {
-            m.add(head(seq, 2), parent, Effect::Zero { start: 0, count: 1 }, seq == 50).unwrap();
+            m.add(head(seq, 2), parent, Effect::Zero { start: 0, count: 1 }, seq, seq == 50).unwrap();
             parent = head(seq, 2).digest;
         }
         let at = |seq, branch| m.find(head(seq, branch)).unwrap();
@@ -244,6 +248,6 @@ mod tests {
         assert!(m.split_by_force(at(100, 1), at(50, 2)) && !m.split_by_force(at(100, 1), at(49, 2)));
         assert_eq!(m.content(at(77, 1))[0], 77);
         assert_eq!(m.content(at(77, 2))[0], 0);
-        assert!(m.add(head(7, 9), head(3, 1).digest, Effect::None, false).is_err());
+        assert!(m.add(head(7, 9), head(3, 1).digest, Effect::None, 0, false).is_err());
     }
 }

@@ -10,6 +10,14 @@ use super::world::{Event, World};
 impl World {
     /// Puts a packet on the wire; returns how long the sender is busy with it.
     pub(crate) fn send(&mut self, from: At, to: At, packet: Packet) -> Us {
+        if self.hosts[from].liar {
+            let packets = self.bent(from, to, packet);
+            return packets.into_iter().map(|p| self.put_on_wire(from, to, p)).sum();
+        }
+        self.put_on_wire(from, to, packet)
+    }
+
+    fn put_on_wire(&mut self, from: At, to: At, packet: Packet) -> Us {
         let Some(session) = self.net.session(from, to) else { return 0 };
         let jitter = self.rng.below(200);
         let now = self.now;
@@ -47,9 +55,19 @@ impl World {
             }
             packet => {
                 self.remember(from, to, &packet);
+                if self.false_vote(from, to, &packet) {
+                    return;
+                }
                 self.receive(from, to, &packet);
             }
         }
+    }
+
+    /// A host hears another one about the image now.
+    pub(crate) fn heard(&mut self, from: At, to: At) {
+        let (peer, wall) = (self.host_id(from), self.hosts[to].wall_skew_ns + self.now * 1000);
+        let last = self.hosts[to].known.heard_ns.entry(peer).or_default();
+        *last = wall.max(*last);
     }
 
     pub(crate) fn beat(&mut self, at: At) {

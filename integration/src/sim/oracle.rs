@@ -6,42 +6,42 @@ use std::sync::Arc;
 use vmfs_common::header::Update;
 use vmfs_common::msg::ImageMsg;
 use vmfs_common::op::Op;
-use vmfs_common::policy::{Acks, MemberRole};
-use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Epoch, Head, HostId};
-use vmfs_proto::{FlushError, Loss, Machine, OpError, OpOutcome};
+use vmfs_common::policy::MemberRole;
+use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Epoch, Head};
+use vmfs_proto::{FlushError, Machine, OpError, OpOutcome};
 use vmfs_store::{ForkInfo, Store};
 
 use super::At;
 use super::host::IMAGE;
 use super::link::Packet;
-use super::model::{BLOCKS, Effect, Ix, is_lax};
+use super::model::{BLOCKS, Effect, Ix};
+use super::tenure::{Acked, Served};
 use super::world::World;
 
 /// Packets remembered for replays.
 const HEARD_MAX: usize = 64;
 
-/// An acknowledged flush.
-#[derive(Debug, Clone, Copy)]
-struct Acked {
-    target: Ix,
-    epoch: Epoch,
-    /// The policy in force allows it to be lost with one host.
-    lax: bool,
-}
-
 /// The record kept.
 #[derive(Debug, Default)]
 pub(crate) struct Oracle {
-    asked: BTreeMap<u64, Ix>,
-    acked: Vec<Acked>,
-    /// Owners that have served, with their `EpochStart`.
-    served: BTreeMap<Epoch, Ix>,
+    pub(crate) asked: BTreeMap<u64, Ix>,
+    pub(crate) acked: Vec<Acked>,
+    /// Owners that have served.
+    pub(crate) served: BTreeMap<Epoch, Served>,
+    /// What was ever durable at a host: the last update of each branch.
+    pub(crate) ever_durable: BTreeMap<At, Vec<Ix>>,
+    /// Some policy in the run allows acknowledged flushes to be lost with one host.
+    pub(crate) lax_ever: bool,
     pub(crate) answers: BTreeMap<u64, Result<OpOutcome, OpError>>,
     pub(crate) flushed: BTreeMap<u64, Result<(), FlushError>>,
     /// A disk was lost or damaged: the number of copies cannot be relied on.
     pub(crate) wiped: bool,
+    /// Fewer members with data are left than a flush needs copies: only an operator's force goes on.
+    pub(crate) bereft: bool,
+    /// Hosts that the operator knows not to be fit for promotion.
+    pub(crate) unfit: std::collections::BTreeSet<At>,
     pub(crate) heard: Vec<(At, At, Packet)>,
-    proposals: BTreeMap<Digest, Epoch>,
+    pub(crate) proposals: BTreeMap<Digest, Epoch>,
 }
 
 impl World {
@@ -51,7 +51,12 @@ impl World {
             let text: String = format!("{:?}", update.header.op).chars().take(60).collect();
             format!("{at} makes {} of {}: {text}", update.header.seq, update.header.epoch)
         });
-        match self.model.add(update.head(), update.header.parent, effect, forced) {
+        if self.hosts[at].liar {
+            self.liar_made(at, update, &effect);
+        }
+        let members = self.hosts[at].machine().map_or(0, |m| m.state().members.len());
+        self.note_policy(&update.header.op, members);
+        match self.model.add(update.head(), update.header.parent, effect, update.header.time_ns, forced) {
             Ok(ix) if matches!(update.header.op, Op::EpochStart(_) | Op::Members(_) | Op::Policy(_)) => {
                 self.hosts[at].known.rule_since = ix;
             }
@@ -67,7 +72,7 @@ impl World {
         }
     }
 
-    fn head_ix(&mut self, at: At, head: Head) -> Option<Ix> {
+    pub(crate) fn head_ix(&mut self, at: At, head: Head) -> Option<Ix> {
         let ix = self.model.find(head);
         if ix.is_none() {
             self.fail(format!("host {at} holds {head:?}, which no owner ever made"));
@@ -79,6 +84,10 @@ impl World {
     pub(crate) fn durable(&mut self, at: At, head: Head) {
         if let Some(ix) = self.head_ix(at, head) {
             self.hosts[at].known.durable = ix;
+            let model = &self.model;
+            let ever = self.oracle.ever_durable.entry(at).or_default();
+            ever.retain(|e| !model.contains(ix, *e));
+            ever.push(ix);
         }
     }
 
@@ -95,7 +104,9 @@ impl World {
         self.hosts[at].known.cutting = None;
         // What was copied as blocks came without updates: of it, only the part after it can be kept.
         let copied = self.hosts[at].known.copied;
-        let whole = self.model.contains(new, copied) && !self.model.split_by_force(old, new);
+        // Nor can a store tell where two histories part that one lying owner has signed.
+        let whole =
+            self.model.contains(new, copied) && !self.model.split_by_force(old, new) && !self.lying.beyond;
         if !self.model.contains(new, old) && retained {
             match fork {
                 None => self.fail(format!("host {at} cut {from:?} down to {to:?} and kept no fork")),
@@ -119,7 +130,8 @@ impl World {
         self.check_copy(at, 0, BLOCKS);
     }
 
-    fn check_forks(&mut self, at: At) {
+    /// Every fork that a tail was kept as is listed, and whole.
+    pub(crate) fn check_forks(&mut self, at: At) {
         let Some(copy) = self.hosts[at].copy() else { return };
         let store = copy.store.clone();
         let listed = store.forks();
@@ -202,8 +214,12 @@ impl World {
     /// A store was opened: what was durable is there, and nothing that nobody made.
     pub(crate) fn check_reopened(&mut self, at: At, store: &Arc<Store>) {
         let damaged = store.damaged();
-        let excused = self.hosts[at].faulty || self.hosts[at].full || self.hosts[at].has_stopped();
-        if !damaged.is_empty() && excused {
+        let bad_disk = self.hosts[at].bad_disk;
+        if !damaged.is_empty() && bad_disk {
+            // Found, and said: the operator replaces the disk.
+            return self.replace_disk(at);
+        }
+        if !damaged.is_empty() && self.hosts[at].is_excused() {
             // An error of the disk keeps it from being opened; the next start tries again.
             return self.kill(at);
         }
@@ -214,12 +230,14 @@ impl World {
         let meta = store.get_meta(IMAGE).map(|m| m.to_vec());
         let good = meta == known.meta || (meta.is_some() && meta == known.meta_maybe);
         let durable = known.durable;
-        if !good {
+        if !good && bad_disk {
+            self.hosts[at].known.vote = None;
+        } else if !good {
             return self.fail(format!("host {at} has lost its promises in a restart"));
         }
         self.hosts[at].known.meta = meta;
         let Some(copy) = store.image(IMAGE) else {
-            if durable != 0 {
+            if durable != 0 && !bad_disk {
                 self.fail(format!("host {at} has lost its copy in a restart"));
             }
             return;
@@ -231,7 +249,8 @@ impl World {
             .forks()
             .iter()
             .any(|f| self.model.find(f.head).is_some_and(|head| self.model.contains(head, durable)));
-        if !self.model.contains(ix, durable) && !(cut && (forked || copy.log_start() > head.seq)) {
+        if !self.model.contains(ix, durable) && !bad_disk && !(cut && (forked || copy.log_start() > head.seq))
+        {
             let had = self.model.node(durable).head;
             return self.fail(format!("host {at} had {had:?} durable and restarts with {head:?}"));
         }
@@ -239,10 +258,20 @@ impl World {
             return self.fail(format!("host {at} restarts with a head that is not durable"));
         }
         self.hosts[at].known.durable = ix;
+        let listed: Vec<String> = copy.forks().iter().map(|f| f.name.clone()).collect();
+        let lost = self.hosts[at].known.forks.iter().find(|n| !listed.contains(n)).cloned();
+        match lost {
+            Some(_) if bad_disk => self.hosts[at].known.forks.retain(|n| listed.contains(n)),
+            Some(name) => self.fail(format!("host {at} has lost the fork {name} in a restart")),
+            None => {}
+        }
     }
 
     /// What a host says of itself: nothing before it is durable, no promise broken.
     pub(crate) fn check_said(&mut self, at: At, _machine: &Machine, msg: &ImageMsg) {
+        if self.hosts[at].bad_disk {
+            return;
+        }
         let known = &self.hosts[at].known;
         match msg {
             ImageMsg::Ack { head, .. } => {
@@ -298,143 +327,6 @@ impl World {
         }
         self.oracle.heard.push((from, to, packet.clone()));
     }
-
-    // --- flushes and owners ---
-
-    /// A guest asks for a flush of what it has written.
-    pub(crate) fn flush_begins(&mut self, at: At, token: u64) {
-        let Some(copy) = self.hosts[at].copy() else { return };
-        let head = copy.store.head();
-        if let Some(ix) = self.head_ix(at, head) {
-            self.oracle.asked.insert(token, ix);
-        }
-    }
-
-    pub(crate) fn flush_done(&mut self, at: At, m: &Machine, token: u64, result: Result<(), FlushError>) {
-        self.oracle.flushed.insert(token, result);
-        self.note(|| format!("{at} answers flush {token}: {result:?}"));
-        let Some(target) = self.oracle.asked.remove(&token).filter(|_| result.is_ok()) else { return };
-        self.counts.flushes += 1;
-        let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
-        let Some(own) = self.head_ix(at, store.head()) else { return };
-        if !self.model.contains(own, target) {
-            let head = self.model.node(target).head;
-            return self.fail(format!("host {at} acknowledges a flush of {head:?}, which it has lost"));
-        }
-        let state = m.state();
-        let lax = is_lax(state.policy.acks, state.policy.on_quorum_loss, state.members.len());
-        self.check_copies(at, m, target, lax);
-        let epoch = m.state().head().epoch;
-        let acked = Acked { target, epoch, lax };
-        let mut wrong = None;
-        for (later, start) in self.oracle.served.range(epoch..).filter(|(e, _)| **e > epoch) {
-            if !lax && !self.model.contains(*start, target) && !self.model.split_by_force(*start, target) {
-                wrong = Some(*later);
-            }
-        }
-        if let Some(later) = wrong {
-            let head = self.model.node(target).head;
-            return self.fail(format!(
-                "host {at} acknowledges a flush of {head:?}, and {later} has served without it"
-            ));
-        }
-        let model = &self.model;
-        self.oracle.acked.retain(|a| !model.contains(target, a.target) || (lax && !a.lax));
-        self.oracle.acked.push(acked);
-    }
-
-    /// The copies that an acknowledged flush claims to have.
-    fn check_copies(&mut self, at: At, m: &Machine, target: Ix, lax: bool) {
-        // What came before the last change of the rule may go by the rule before.
-        let before = !self.model.contains(target, self.hosts[at].known.rule_since);
-        if lax || self.oracle.wiped || before {
-            return;
-        }
-        let (state, degraded) = (m.state(), m.status(self.hosts[at].now(self.now)).degraded);
-        let holds = |h: HostId| {
-            let host = self.hosts.iter().find(|x| x.id.host == h);
-            host.is_some_and(|x| self.model.contains(x.known.durable, target))
-        };
-        let headers = state.members.all().iter().filter(|x| holds(x.host)).count();
-        let data = state.members.data_members().filter(|x| holds(x.host)).count();
-        let may_degrade = state.policy.on_quorum_loss == vmfs_common::policy::OnQuorumLoss::Degrade;
-        let all = state.policy.acks == Acks::All && !may_degrade;
-        let need = if all { state.members.len() } else { state.members.quorum() };
-        let copies = if degraded || may_degrade { 1 } else { state.members.data_copies() };
-        let copies = copies.min(state.members.data_members().count());
-        if headers < need || data < copies {
-            let head = self.model.node(target).head;
-            self.fail(format!(
-                "host {at} acknowledges a flush of {head:?} with {headers} of {need} headers and {data} of \
-                 {copies} copies durable"
-            ));
-        }
-    }
-
-    pub(crate) fn op_done(&mut self, at: At, token: u64, result: Result<OpOutcome, OpError>) {
-        self.note(|| format!("{at} answers operation {token}: {result:?}"));
-        if result.is_ok() {
-            self.counts.operations += 1;
-        }
-        if let Ok(OpOutcome::Promoted { loss, epoch, .. }) = &result {
-            self.check_loss(at, *loss, *epoch);
-        }
-        self.oracle.answers.insert(token, result);
-    }
-
-    /// "Nothing acknowledged is missing" is said only when it is so.
-    fn check_loss(&mut self, at: At, loss: Loss, epoch: Epoch) {
-        let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
-        let Some(own) = self.head_ix(at, store.head()) else { return };
-        // What an earlier promotion has lost, that one has said.
-        let start = self.model.node(own).head.epoch;
-        let ended = self.model.ended(own);
-        let missing = |a: &&Acked| {
-            start == epoch
-                && a.epoch == ended
-                && !self.model.contains(own, a.target)
-                && !self.forced_away(own, a.target)
-        };
-        let missing = self.oracle.acked.iter().find(missing).map(|a| self.model.node(a.target).head);
-        if let Some(head) = missing.filter(|_| loss == Loss::Nothing) {
-            self.fail(format!("host {at} is promoted, says that nothing is missing, and lacks {head:?}"));
-        }
-    }
-
-    /// True when `target` belongs to a separate lineage that `own` never was part of.
-    fn forced_away(&self, own: Ix, target: Ix) -> bool {
-        let at = self.model.common(own, target);
-        self.model.node(target).forced > self.model.node(at).forced
-    }
-
-    /// After every event at a host.
-    pub(crate) fn observe(&mut self, at: At) {
-        let Some(copy) = self.hosts[at].copy() else { return };
-        let Some(machine) = &copy.machine else { return };
-        let (head, stored) = (machine.state().head(), copy.store.head());
-        let failed = copy.store.latched().is_some();
-        if head != stored && !failed && !machine.describe_role().starts_with("failed") {
-            return self.fail(format!("host {at}: the machine is at {head:?}, the store at {stored:?}"));
-        }
-        if !machine.is_open_owner() || self.oracle.served.contains_key(&head.epoch) {
-            return;
-        }
-        let Some(start) = machine.state().epoch_start().map(|e| e.start) else { return };
-        let Some(own) = self.head_ix(at, start) else { return };
-        self.note(|| format!("{at} serves as the owner of {}", head.epoch));
-        self.counts.epochs += 1;
-        self.oracle.served.insert(head.epoch, own);
-        let lost = |a: &&Acked| {
-            !a.lax
-                && a.epoch < head.epoch
-                && !self.model.contains(own, a.target)
-                && !self.model.split_by_force(own, a.target)
-        };
-        let lost = self.oracle.acked.iter().find(lost).map(|a| self.model.node(a.target).head);
-        if let Some(lost) = lost {
-            self.fail(format!("host {at} serves {} without the acknowledged {lost:?}", head.epoch));
-        }
-    }
 }
 
 /// Replays of what a host has said are harmless, except of acknowledgements and statements of what it
@@ -455,12 +347,5 @@ pub(crate) fn may_be_replayed(packet: &Packet) -> bool {
                 | ImageMsg::VoteRefused { .. })
         ),
         _ => false,
-    }
-}
-
-impl Oracle {
-    /// True when a flush of this epoch was acknowledged.
-    pub(crate) fn acked_seq(&self, epoch: Epoch) -> bool {
-        self.acked.iter().any(|a| a.epoch == epoch)
     }
 }

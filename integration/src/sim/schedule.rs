@@ -53,14 +53,16 @@ fn start(w: &mut World) -> Plan {
         },
         on_quorum_loss: if w.rng.one_in(3) { OnQuorumLoss::Degrade } else { OnQuorumLoss::Stall },
     };
-    let plan = Plan::new(w);
+    let mut plan = Plan::new(w);
     create(w, roles, policy);
+    plan.choose_the_unsound(w, roles, policy);
     plan
 }
 
 /// Hosts with these roles, connected, and an image that the first one owns.
 pub(crate) fn create(w: &mut World, roles: &[MemberRole], policy: ImagePolicy) {
     w.note(|| format!("members {roles:?}, {policy:?}"));
+    w.note_policy(&Op::Policy(policy), roles.len());
     for role in roles {
         w.add_host(*role);
     }

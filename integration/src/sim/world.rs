@@ -11,6 +11,7 @@ use vmfs_store::Store;
 use vmfs_store::simdisk::SimDisk;
 
 use super::host::{self, Copy, DATASTORE, Host, IMAGE, Running, store_config};
+use super::liar::Lying;
 use super::link::{Net, Packet, Us};
 use super::model::Model;
 use super::oracle::Oracle;
@@ -76,6 +77,7 @@ pub(crate) struct World {
     /// Disk latency, in microseconds, at most.
     pub(crate) disk_us: Us,
     pub(crate) violation: Option<String>,
+    pub(crate) lying: Lying,
     pub(crate) counts: Tally,
     pub(crate) next_token: u64,
     queue: BinaryHeap<Reverse<Due>>,
@@ -98,6 +100,7 @@ impl World {
             oracle: Oracle::default(),
             timing,
             violation: None,
+            lying: Lying::default(),
             counts: Tally::default(),
             next_token: 0,
             queue: BinaryHeap::new(),
@@ -121,7 +124,7 @@ impl World {
     pub(crate) fn note(&mut self, text: impl FnOnce() -> String) {
         if let Some(lines) = &mut self.trace {
             lines.push_back(format!("{:>10.3} {}", self.now as f64 / 1000.0, text()));
-            if lines.len() > 4000 {
+            if lines.len() > 200_000 {
                 lines.pop_front();
             }
         }
@@ -278,7 +281,7 @@ impl World {
         let Some(copy) = self.hosts[at].copy_mut() else { return };
         let Some(machine) = &copy.machine else { return };
         let status = machine.status(now);
-        copy.store.set_commit(status.commit);
+        copy.store.set_commit(machine.committed_seq());
         if let Some(seq) = status.members.iter().map(|m| m.durable_seq).min() {
             copy.store.retain_from(seq.next());
         }
@@ -292,7 +295,7 @@ impl World {
             && let Err(e) = running.store.background(1 << 20)
         {
             self.note(|| format!("{at} background: {e}"));
-            if !self.hosts[at].faulty && !self.hosts[at].full && self.hosts[at].stop_call.is_none() {
+            if !self.hosts[at].is_excused() && self.hosts[at].stop_call.is_none() {
                 self.fail(format!("background work of host {at} failed on a healthy disk: {e}"));
             }
         }
@@ -342,12 +345,15 @@ impl World {
     fn boot_failed(&mut self, at: At, e: &vmfs_store::StoreError) {
         self.note(|| format!("{at} does not boot: {e}"));
         let host = &mut self.hosts[at];
-        let excused = host.faulty || host.full || host.has_stopped();
+        let excused = host.is_excused();
         if host.has_stopped() {
             let seed = self.rng.next();
             let host = &mut self.hosts[at];
             host.disk = host.disk.power_cut(seed);
             host.stop_call = None;
+        }
+        if self.hosts[at].bad_disk && !self.hosts[at].faulty {
+            return self.replace_disk(at);
         }
         if !excused {
             return self.fail(format!("the store of host {at} does not open on a healthy disk: {e}"));
@@ -368,11 +374,11 @@ impl World {
             }
             return;
         }
-        let (kind, state, durable) = (copy.kind(), (*copy.state()).clone(), copy.durable_head());
+        let (kind, state, cut_off) = (copy.kind(), (*copy.state()).clone(), copy.cut_off());
         let (id, timing) = (self.hosts[at].id.clone(), self.timing.clone());
         let meta: Option<Vec<u8>> = meta.map(|m| m.to_vec());
         self.admit(at, copy, |env, out| {
-            Machine::recover(env, id, timing, kind, state, durable, meta.as_deref(), out)
+            Machine::recover(env, id, timing, kind, state, cut_off, meta.as_deref(), out)
                 .map_err(|e| format!("the promises cannot be read: {e}"))
         });
     }
