@@ -8,7 +8,7 @@ use vmfs_common::header::FORMAT_LEVEL;
 use vmfs_common::op::{Attrs, Op};
 use vmfs_common::policy::{Member, MemberList, MemberRole};
 use vmfs_common::state::ImageState;
-use vmfs_common::{Head, HostId, ImageId};
+use vmfs_common::{HostId, ImageId};
 use vmfs_net::HostRole;
 use vmfs_proto::{Input, Machine};
 use vmfs_store::StoreError;
@@ -152,9 +152,9 @@ impl NodeInner {
         let store = self.store.create_image(id, role)?;
         let image = self.admit(store, |env, identity, timing, out| {
             let Some(meta) = &meta else { return Machine::blank(env, identity, timing, id, role, out) };
-            let (state, none) = (ImageState::new(id), Head::default());
+            let state = ImageState::new(id);
             let (id2, timing2) = (identity.clone(), timing.clone());
-            Machine::recover(env, id2, timing2, role, state, none, Some(meta), out).unwrap_or_else(|e| {
+            Machine::recover(env, id2, timing2, role, state, None, Some(meta), out).unwrap_or_else(|e| {
                 tracing::error!(image = %id, "its promises cannot be read, so it takes no part: {e}");
                 let mut machine = Machine::blank(env, identity, timing, id, role, &mut Vec::new());
                 machine.handle(env, Input::StoreFailed, &mut Vec::new());
