@@ -148,6 +148,26 @@ fn guest_only_waits_on_lossy_slow_narrow_and_cut_networks() {
     cluster.assert_copies_identical(IMAGE);
 }
 
+/// Somebody always lacks the newest update of an image that is written: that is not what is waited for.
+#[test]
+fn wait_in_sync_ends_while_the_image_is_written() {
+    let mut cluster = Cluster::start_on_lan("waitnet", 3);
+    let file = make(&cluster, BLOCKS * BLOCK as u64);
+    cluster.lan().set_delay(Duration::from_millis(20));
+    let mut writes = NumberedWrites::new(BLOCKS, seed::rng("wait_in_sync_ends_while_the_image_is_written"));
+    let took = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| cluster.vmfs("a", &["wait", IMAGE, "--in-sync", "--timeout", "20"]));
+        while !waiting.is_finished() {
+            writes.write(&file).unwrap();
+            if writes.chance(100) {
+                writes.flush(&file).unwrap();
+            }
+        }
+        waiting.join().unwrap().ok().took
+    });
+    println!("in sync after {took:?}, {} writes", writes.begun());
+}
+
 #[test]
 fn random_faults_of_the_network_lose_nothing_and_every_copy_ends_the_same() {
     const ROUNDS: usize = 15;

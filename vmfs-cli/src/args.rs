@@ -110,7 +110,7 @@ pub(crate) enum Command {
     Wait {
         /// The image.
         image: String,
-        /// Wait until every member holds everything.
+        /// Wait until every member holds everything that is there now.
         #[arg(long)]
         in_sync: bool,
         /// Give up (exit code 1) after so many seconds.

@@ -79,8 +79,8 @@ pub trait Control: Send + Sync + 'static {
     /// Gives up the separate lineage of an image that a forced promotion began here, or with `discard` this
     /// host's copy: how an operator chooses between two lineages.
     fn abandon(&self, request: AbandonRequest) -> Answer<'_, AbandonReport>;
-    /// Waits until the image is known here and, with `in_sync`, until every reachable member holds
-    /// everything the owner has. The server ends it at the time-out of the request.
+    /// Waits until the image is known here and, with `in_sync`, until every member holds durably
+    /// everything that the owner had when the wait began. The server ends it at the time-out of the request.
     fn wait(&self, request: WaitRequest, progress: Progress) -> Answer<'_, WaitReport>;
     /// The hosts of the datastore that this host knows.
     fn hosts(&self) -> Answer<'_, HostList>;

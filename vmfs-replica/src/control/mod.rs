@@ -264,12 +264,13 @@ impl NodeControl {
     async fn wait(&self, request: WaitRequest, progress: Progress) -> Result<WaitReport, ApiError> {
         let begun = Instant::now();
         let limit = request.timeout_ms.map(Duration::from_millis);
+        let mut wanted = None;
         loop {
             let found = self.image(&request.image);
             if let Ok(image) = &found {
                 let (done, total) = image.progress();
                 progress.report("catching up", done, total, Unit::Updates);
-                if !request.in_sync || self.in_sync(image) {
+                if !request.in_sync || self.in_sync(image, &mut wanted) {
                     let status = self.image_status(image);
                     return Ok(WaitReport { status, waited_ms: ms(begun) });
                 }

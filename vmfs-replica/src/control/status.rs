@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use vmfs_common::Seq;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState as State;
 use vmfs_proto::{Health, Role, Shortage, Status};
@@ -176,13 +177,16 @@ impl NodeControl {
         status.members.iter().map(member).collect()
     }
 
-    /// The owner: every member has everything. Another member: it has all that it knows of.
-    pub(super) fn in_sync(&self, image: &Image) -> bool {
+    /// The owner: every member has everything up to `wanted` on stable storage, which is set to the head at
+    /// the first call: while a guest writes, somebody always lacks the newest update. Another member: it
+    /// has all that it knows of.
+    pub(super) fn in_sync(&self, image: &Image, wanted: &mut Option<Seq>) -> bool {
         let status = image.status();
         match status.role {
             Role::Owner => {
-                status.commit.0 > 0
-                    && status.members.iter().all(|m| m.admitted && m.durable_seq >= status.head.seq)
+                // A change of owner may have cut off what was wanted.
+                let wanted = status.head.seq.min(*wanted.get_or_insert(status.head.seq));
+                status.commit.0 > 0 && status.members.iter().all(|m| m.admitted && m.durable_seq >= wanted)
             }
             _ => status.health == Health::Ok && image.pulling().is_none(),
         }
