@@ -5,5 +5,6 @@
 //! crate (they are beside their code) and anything that ships.
 
 pub mod harness;
+pub mod mutants;
 pub mod power;
 pub mod sim;
