@@ -133,9 +133,11 @@ fn an_unlinked_file_lives_until_its_last_close() {
     file.read_to_string(&mut text).unwrap();
     assert_eq!(text, "still here, and growing");
     assert_eq!(file.metadata().unwrap().nlink(), 0);
-    assert!(!rig.backend.is_unlinked(id));
+    // The name is free at once, everywhere; the content is the backend's until it hears of the last close.
+    assert!(rig.backend.is_unlinked(id));
+    assert_eq!(rig.backend.opens(id), 1);
     drop(file);
-    until("the chain is told after the last close", || rig.backend.is_unlinked(id));
+    until("the backend is told of the last close", || rig.backend.opens(id) == 0);
 }
 
 #[test]

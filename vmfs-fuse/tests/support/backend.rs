@@ -31,6 +31,7 @@ struct Image {
     lineage: u64,
     version: u64,
     pins: HashMap<PinId, Content>,
+    opens: usize,
     /// Path durable in the chain, for tests of ordering.
     flushed_path: String,
     wakes: Vec<Wake>,
@@ -222,6 +223,10 @@ impl MemBackend {
         self.changed();
     }
 
+    pub(crate) fn opens(&self, id: ImageId) -> usize {
+        self.state.lock().images[&id].opens
+    }
+
     pub(crate) fn open_pins(&self, id: ImageId) -> usize {
         self.state.lock().images[&id].pins.len()
     }
@@ -403,6 +408,7 @@ impl Backend for MemBackend {
         state.next += 1;
         let pin = PinId(state.next);
         let image = state.images.get_mut(&id).ok_or(Errno::NOENT)?;
+        image.opens += 1;
         if write || image.owner_here {
             return Ok(View { lineage: image.lineage, pin: None });
         }
@@ -411,7 +417,10 @@ impl Backend for MemBackend {
     }
 
     fn close(&self, id: ImageId, view: View) {
-        if let (Some(pin), Some(image)) = (view.pin, self.state.lock().images.get_mut(&id)) {
+        let mut state = self.state.lock();
+        let Some(image) = state.images.get_mut(&id) else { return };
+        image.opens -= 1;
+        if let Some(pin) = view.pin {
             image.pins.remove(&pin);
         }
     }
