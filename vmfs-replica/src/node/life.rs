@@ -145,7 +145,7 @@ impl NodeInner {
                 last_look = self.now();
                 let before = std::mem::replace(&mut appended, self.appended_bytes.load(Ordering::Relaxed));
                 busy = appended - before > BUSY_BYTES;
-                if give_back.is_due(last_look, appended, busy) {
+                if give_back.is_due(last_look, appended, self.rings.held_bytes(), busy) {
                     memory::give_back();
                 }
             }

@@ -15,13 +15,20 @@ const APPENDED_BYTES_MIN: u64 = 16 << 20;
 pub(super) struct GiveBack {
     /// Bytes appended when memory was last given back.
     appended: u64,
+    /// Bytes in rings at the last look, and how many have come and gone since memory was last given back.
+    held: u64,
+    moved: u64,
     calm_since: Option<Millis>,
 }
 
 impl GiveBack {
-    /// Called every look with what is appended so far; true when it is time.
-    pub(super) fn is_due(&mut self, now: Millis, appended: u64, busy: bool) -> bool {
-        if busy || appended - self.appended < APPENDED_BYTES_MIN {
+    /// Called every look with what is appended so far and what rings hold now; true when it is time. What
+    /// members were still to be sent when the load ended is freed later: that is waited for, too.
+    pub(super) fn is_due(&mut self, now: Millis, appended: u64, held: u64, busy: bool) -> bool {
+        let moving = held != self.held;
+        self.moved += held.abs_diff(self.held);
+        self.held = held;
+        if busy || moving || appended - self.appended + self.moved < APPENDED_BYTES_MIN {
             self.calm_since = None;
             return false;
         }
@@ -29,7 +36,7 @@ impl GiveBack {
         if now.since(since) < CALM_MS {
             return false;
         }
-        *self = Self { appended, calm_since: None };
+        *self = Self { appended, held, moved: 0, calm_since: None };
         true
     }
 }
@@ -52,14 +59,28 @@ mod tests {
     #[test]
     fn memory_is_given_back_once_after_a_load_and_not_during_it() {
         let mut give = GiveBack::default();
-        assert!(!give.is_due(Millis(0), 0, false));
-        assert!(!give.is_due(Millis(60_000), 1 << 20, false), "too little to be worth it");
-        assert!(!give.is_due(Millis(61_000), 100 << 20, true));
-        assert!(!give.is_due(Millis(62_000), 200 << 20, false));
-        assert!(!give.is_due(Millis(64_000), 200 << 20, true), "the load goes on: calm begins anew");
-        assert!(!give.is_due(Millis(65_000), 200 << 20, false));
-        assert!(!give.is_due(Millis(67_999), 200 << 20, false));
-        assert!(give.is_due(Millis(68_000), 200 << 20, false));
-        assert!(!give.is_due(Millis(90_000), 200 << 20, false), "once");
+        assert!(!give.is_due(Millis(0), 0, 0, false));
+        assert!(!give.is_due(Millis(60_000), 1 << 20, 0, false), "too little to be worth it");
+        assert!(!give.is_due(Millis(61_000), 100 << 20, 0, true));
+        assert!(!give.is_due(Millis(62_000), 200 << 20, 0, false));
+        assert!(!give.is_due(Millis(64_000), 200 << 20, 0, true), "the load goes on: calm begins anew");
+        assert!(!give.is_due(Millis(65_000), 200 << 20, 0, false));
+        assert!(!give.is_due(Millis(67_999), 200 << 20, 0, false));
+        assert!(give.is_due(Millis(68_000), 200 << 20, 0, false));
+        assert!(!give.is_due(Millis(90_000), 200 << 20, 0, false), "once");
+    }
+
+    #[test]
+    fn what_rings_let_go_after_the_load_is_given_back_too() {
+        let (mut give, full) = (GiveBack::default(), 64 << 20);
+        assert!(!give.is_due(Millis(0), 200 << 20, full, true));
+        assert!(!give.is_due(Millis(1_000), 200 << 20, full, false));
+        assert!(give.is_due(Millis(4_000), 200 << 20, full, false));
+        assert!(!give.is_due(Millis(9_000), 200 << 20, full, false));
+        // A member comes back and is sent what it missed.
+        assert!(!give.is_due(Millis(10_000), 200 << 20, full / 2, false));
+        assert!(!give.is_due(Millis(14_000), 200 << 20, 0, false), "not while it is being freed");
+        assert!(!give.is_due(Millis(15_000), 200 << 20, 0, false));
+        assert!(give.is_due(Millis(18_000), 200 << 20, 0, false));
     }
 }

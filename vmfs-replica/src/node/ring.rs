@@ -34,11 +34,16 @@ const IMAGE_PART: usize = 4;
 pub(crate) struct RingBudget {
     bytes_max: usize,
     holders: AtomicUsize,
+    held_bytes: AtomicUsize,
 }
 
 impl RingBudget {
     pub(crate) fn new(bytes_max: usize) -> Arc<Self> {
-        Arc::new(Self { bytes_max, holders: AtomicUsize::new(0) })
+        Arc::new(Self { bytes_max, holders: AtomicUsize::new(0), held_bytes: AtomicUsize::new(0) })
+    }
+    /// What all rings hold together.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        self.held_bytes.load(Ordering::Relaxed) as u64
     }
     /// What one ring may hold now. The more images write, the less each: a ring that was filled when there
     /// were fewer gives way at its next push or trim.
@@ -74,6 +79,7 @@ impl Ring {
             self.budget.holders.fetch_add(1, Ordering::Relaxed);
         }
         self.bytes += item.cost_bytes();
+        self.budget.held_bytes.fetch_add(item.cost_bytes(), Ordering::Relaxed);
         self.items.push_back(item);
         self.keep_to_share();
     }
@@ -86,6 +92,7 @@ impl Ring {
     fn pop_oldest(&mut self) {
         if let Some(gone) = self.items.pop_front() {
             self.bytes -= gone.cost_bytes();
+            self.budget.held_bytes.fetch_sub(gone.cost_bytes(), Ordering::Relaxed);
             if self.items.is_empty() {
                 self.budget.holders.fetch_sub(1, Ordering::Relaxed);
                 // The room for a hundred thousand small updates is not kept for an image at rest.
