@@ -83,6 +83,7 @@ pub fn run<M>(
     prepare: impl FnOnce(&Config) -> anyhow::Result<Vec<HostRole>>,
     attach: impl FnOnce(&Node, &Config) -> anyhow::Result<M>,
 ) -> ExitCode {
+    node::memory::bound_arenas();
     let started = config_file::load(config)
         .map_err(anyhow::Error::from)
         .and_then(|c| {

@@ -41,6 +41,21 @@ impl GiveBack {
     }
 }
 
+/// Before any thread starts: as many arenas as threads can be busy with payloads, and no more. With glibc's
+/// eight per processor, what many threads freed stayed resident for good (183 instead of 28 MiB after 16
+/// images were written at full rate).
+#[cfg(target_env = "gnu")]
+pub(crate) fn bound_arenas() {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let arenas = libc::c_int::try_from(processors.max(4)).unwrap_or(libc::c_int::MAX);
+    // SAFETY: a setting of the allocator, made while this is the only thread. A refusal leaves the default.
+    let _ = unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+}
+
+/// Other C libraries have no such setting.
+#[cfg(not(target_env = "gnu"))]
+pub(crate) fn bound_arenas() {}
+
 /// Gives free pages back.
 #[cfg(target_env = "gnu")]
 pub(super) fn give_back() {

@@ -16,7 +16,7 @@ mod incoming;
 mod io;
 mod life;
 mod line;
-mod memory;
+pub(crate) mod memory;
 mod repair;
 mod ring;
 mod scrub;
