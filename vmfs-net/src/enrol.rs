@@ -30,7 +30,7 @@ const FAREWELL: Duration = Duration::from_secs(2);
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Answer {
+pub(crate) enum Answer {
     Admitted(Admission),
     Refused(String),
 }
@@ -72,7 +72,7 @@ async fn serve_request(shared: &Arc<Shared>, connection: &Connection) -> Result<
             Answer::Admitted(admission)
         }
         Ok(Err(e)) => {
-            tracing::warn!("enrolment from {peer} refused: {e}");
+            shared.note_enrolment(&connection.remote_address().ip().to_string(), &e);
             Answer::Refused(e.to_string())
         }
         Err(e) => return Err(NetError::Lost(e.to_string())),

@@ -6,8 +6,8 @@
 //! body
 //! ```
 //! The body of an update frame is `u32 LE length of the header ‖ header ‖ payload`. Each kind has a
-//! hard limit on its length, checked before anything is allocated for the body; bodies are gathered
-//! in the pieces they arrive in, so that a frame never occupies more than has been received of it.
+//! hard limit on its length, checked before anything is allocated for the body; what a peer's unfinished
+//! frames may occupy together is bounded, however it cuts them up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,8 +26,8 @@ pub const REQUEST_BYTES_MAX: usize = 1 << 20;
 /// Bytes in front of every body.
 pub const PREFIX_BYTES: usize = 5;
 
-/// Bytes that one peer may have in unfinished frames. An honest peer stays below
-/// [`SEND_BYTES_MAX`] plus its send window plus 16 KiB per stream.
+/// Bytes that the unfinished frames of one peer may have, all of each counted from its first byte on.
+/// An honest peer stays below [`SEND_BYTES_MAX`] plus what its send window ends plus 16 KiB per stream.
 pub(crate) const PARTIAL_BYTES_MAX: usize = 192 << 20;
 /// Bytes of large frames that one side writes at a time, over all streams to one peer.
 pub(crate) const SEND_BYTES_MAX: usize = 64 << 20;
@@ -274,20 +274,18 @@ impl RawReader {
             return Ok(self.rest.split_to(len));
         }
         let mut held = Held { budget: Arc::clone(&self.budget), bytes: 0 };
-        let mut pieces = vec![std::mem::take(&mut self.rest)];
-        let mut missing = len - pieces[0].len();
-        held.add(pieces[0].len())?;
-        while missing > 0 {
-            if !self.fill(missing).await? {
+        held.add(len)?;
+        // Copied piece by piece: a piece keeps the datagram it came in, which may be much larger.
+        let mut body = BytesMut::with_capacity(len);
+        loop {
+            body.put_slice(&std::mem::take(&mut self.rest));
+            if body.len() == len {
+                return Ok(body.freeze());
+            }
+            if !self.fill(len - body.len()).await? {
                 return Err(cut_off());
             }
-            missing -= self.rest.len();
-            held.add(self.rest.len())?;
-            pieces.push(std::mem::take(&mut self.rest));
         }
-        let mut body = BytesMut::with_capacity(len);
-        pieces.iter().for_each(|p| body.put_slice(p));
-        Ok(body.freeze())
     }
 }
 

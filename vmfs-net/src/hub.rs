@@ -7,11 +7,12 @@
 //! run number in its hello), or comes back with a new one although the old one has been in use for
 //! longer than any handshake takes: then the peer has lost it.
 
-use std::collections::HashSet;
-use std::net::SocketAddr;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, Incoming};
 use rustls::pki_types::CertificateDer;
@@ -33,6 +34,12 @@ use crate::{tls, transport};
 const INCOMING_MAX: usize = 64;
 /// Above this many, a stranger first has to show that its address is its own.
 const INCOMING_EASY: usize = 16;
+/// Of those, how many may come from one address.
+const INCOMING_PER_ADDRESS: usize = 32;
+/// A peer may change its connection this often at once, and then once in [`CHANGE_PACE`]: every change
+/// is work for every image.
+const CHANGES_BURST: u32 = 16;
+const CHANGE_PACE: Duration = Duration::from_secs(1);
 /// First pause after a failed attempt.
 const REDIAL_MIN: Duration = Duration::from_millis(50);
 /// A connection that lasted this long was a good one: the next attempt does not wait.
@@ -55,7 +62,9 @@ pub(crate) enum HubMsg {
 
 /// Starts the hub and the accept loop.
 pub(crate) fn start(shared: &Arc<Shared>, queue: mpsc::Receiver<HubMsg>) {
-    tokio::spawn(Hub { shared: Arc::clone(shared), dialled: HashSet::new(), sessions: 0 }.run(queue));
+    let hub =
+        Hub { shared: Arc::clone(shared), dialled: HashSet::new(), sessions: 0, changes: HashMap::new() };
+    tokio::spawn(hub.run(queue));
     tokio::spawn(accept_loop(Arc::clone(shared)));
 }
 
@@ -65,6 +74,8 @@ struct Hub {
     dialled: HashSet<HostId>,
     /// Number of the last session.
     sessions: u64,
+    /// Changes of connection that each host has left, and since when.
+    changes: HashMap<HostId, (u32, Instant)>,
 }
 
 impl Hub {
@@ -122,10 +133,34 @@ impl Hub {
                 candidate.connection.close(code, b"another connection is in use");
                 return;
             }
+        }
+        if !self.may_change(peer) {
+            candidate.connection.close(Refusal::Busy.code().into(), b"too many new connections");
+            let detail = "too many new connections".to_owned();
+            let e = NetError::Refused { peer: candidate.peer_name.clone(), refusal: Refusal::Busy, detail };
+            shared.note(Some(peer), &candidate.peer_name, &e);
+            return;
+        }
+        if let Some(old) = shared.session(peer) {
             old.connection.close(Refusal::Replaced.code().into(), b"a newer connection is in use");
             self.drop_session(&old).await;
         }
         self.adopt(candidate).await;
+    }
+
+    /// Takes one of the changes of connection that `peer` has left.
+    fn may_change(&mut self, peer: HostId) -> bool {
+        let now = Instant::now();
+        let (left, since) = self.changes.entry(peer).or_insert((CHANGES_BURST, now));
+        let earned = u32::try_from(now.duration_since(*since).as_secs() / CHANGE_PACE.as_secs());
+        let earned = earned.unwrap_or(CHANGES_BURST);
+        if earned > 0 {
+            *left = left.saturating_add(earned).min(CHANGES_BURST);
+            *since = now;
+        }
+        let may = *left > 0;
+        *left = left.saturating_sub(1);
+        may
     }
 
     async fn adopt(&mut self, candidate: Candidate) {
@@ -320,8 +355,12 @@ fn identify(shared: &Shared, connection: &Connection) -> Result<CertInfo, NetErr
 
 async fn accept_loop(shared: Arc<Shared>) {
     let slots = Arc::new(Semaphore::new(INCOMING_MAX));
+    let by_address: Arc<Mutex<HashMap<IpAddr, usize>>> = Arc::default();
     while let Some(incoming) = shared.transport.endpoint.accept().await {
-        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+        let address = incoming.remote_address().ip();
+        let crowded = by_address.lock().get(&address).is_some_and(|n| *n >= INCOMING_PER_ADDRESS);
+        let slot = Arc::clone(&slots).try_acquire_owned();
+        let (Ok(slot), false) = (slot, crowded) else {
             incoming.refuse();
             continue;
         };
@@ -331,14 +370,23 @@ async fn accept_loop(shared: Arc<Shared>) {
             let _ = incoming.retry();
             continue;
         }
-        let shared = Arc::clone(&shared);
+        let (shared, by_address) = (Arc::clone(&shared), Arc::clone(&by_address));
+        *by_address.lock().entry(address).or_default() += 1;
         tokio::spawn(async move {
-            let peer = incoming.remote_address().ip().to_string();
+            let peer = address.to_string();
             let limit = shared.cfg.handshake_timeout;
             let result = timeout(limit, accept(&shared, incoming)).await;
             if let Err(e) = result.unwrap_or_else(|_| Err(too_slow(limit))) {
                 shared.note(None, &peer, &e);
             }
+            let mut by_address = by_address.lock();
+            if let Some(n) = by_address.get_mut(&address) {
+                *n -= 1;
+                if *n == 0 {
+                    by_address.remove(&address);
+                }
+            }
+            drop(by_address);
             drop(slot);
         });
     }

@@ -14,6 +14,8 @@ pub mod directory;
 mod enrol;
 pub mod error;
 pub mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hello;
 mod hub;
 mod network;

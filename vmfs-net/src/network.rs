@@ -107,6 +107,18 @@ impl Shared {
         }
     }
 
+    /// Records a refused enrolment: logged once for each address and the like, as anybody can have one.
+    pub(crate) fn note_enrolment(&self, address: &str, error: &PkiError) {
+        *self.counters.lock().entry("enrolment").or_default() += 1;
+        let mut logged = self.logged.lock();
+        if logged.len() < LOGGED_MAX && logged.insert((address.to_owned(), "enrolment")) {
+            drop(logged);
+            tracing::warn!("enrolment from {address} refused: {error}");
+        } else {
+            tracing::debug!("enrolment from {address} refused: {error}");
+        }
+    }
+
     /// The peer is there: the next error is news again.
     pub(crate) fn forget_errors(&self, host: HostId, peer: &str) {
         self.last_error.lock().remove(&host);

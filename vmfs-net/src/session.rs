@@ -26,6 +26,12 @@ pub(crate) const REQUESTS_MAX: u32 = 64;
 const CONTROL_PRIORITY: i32 = 10;
 /// Beats whose time of sending is remembered; older echoes count as none.
 const BEATS_KEPT: usize = 256;
+/// Control frames of one peer are read at most this often, after as many more at once: an honest one
+/// sends four beats a second, and hosts when there is news.
+const CONTROL_PACE: Duration = Duration::from_millis(20);
+const CONTROL_BURST: u32 = 50;
+/// A host list costs as much as this many beats: signatures are checked.
+const HOSTS_COST: u32 = 5;
 
 /// A connection whose two ends have greeted each other.
 pub(crate) struct Candidate {
@@ -159,6 +165,38 @@ impl Beats {
     }
 }
 
+/// Keeps a peer that says too much from having the others' beats lost, or this host's time: its
+/// control stream is read more slowly, which delays nobody else.
+#[derive(Debug)]
+struct Pace {
+    tokens: u32,
+    since: Instant,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { tokens: CONTROL_BURST, since: Instant::now() }
+    }
+}
+
+impl Pace {
+    async fn wait(&mut self, cost: u32) {
+        loop {
+            let earned = self.since.elapsed().as_nanos() / CONTROL_PACE.as_nanos();
+            let earned = u32::try_from(earned).unwrap_or(CONTROL_BURST).min(CONTROL_BURST);
+            if earned > 0 {
+                self.tokens = (self.tokens + earned).min(CONTROL_BURST);
+                self.since = Instant::now();
+            }
+            if self.tokens >= cost {
+                self.tokens -= cost;
+                return;
+            }
+            tokio::time::sleep(CONTROL_PACE).await;
+        }
+    }
+}
+
 /// Tells the higher HostId that this connection is the pair's.
 async fn accept(send: &mut SendStream) -> Result<(), NetError> {
     let frame = frame::encode(Kind::Accept, &[])?;
@@ -186,7 +224,9 @@ async fn read_control(
     mut recv: RawReader,
 ) -> Result<(), NetError> {
     let (host, id) = (session.host, session.id);
+    let mut pace = Pace::default();
     while let Some((kind, body)) = recv.next().await? {
+        pace.wait(if kind == Kind::Hosts { HOSTS_COST } else { 1 }).await;
         match kind {
             Kind::Beat => {
                 let echo_age_ms = beats.hear(body)?;

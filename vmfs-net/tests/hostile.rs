@@ -423,3 +423,57 @@ async fn lies_about_hosts_are_skipped() {
     assert_eq!(a.net.hosts(), before);
     assert!(!a.net.directory().is_removed(a.id()));
 }
+
+/// Every change of a pair's connection is work for every image: a peer that restarts without end is
+/// made to wait.
+#[tokio::test]
+async fn a_peer_that_connects_anew_without_end_is_slowed_down() {
+    let (ds, mut a) = victim().await;
+    for run in 0..40 {
+        while a.events.try_recv().is_ok() {}
+        let rogue = Rogue::as_host1(&ds, &a).await;
+        let (mut send, mut recv) = rogue.connection.open_bi().await.unwrap();
+        send.write_all(&frame(0x01, &Hello { run, ..hello(&ds) }.encode())).await.unwrap();
+        let mut prefix = [0; 5];
+        recv.read_exact(&mut prefix).await.unwrap();
+        if a.id() > ds.identity(1).host() {
+            send.write_all(&frame(0x02, b"")).await.unwrap();
+        }
+        // Until it is in use, or closed.
+        let _ = tokio::time::timeout(Duration::from_millis(20), rogue.connection.closed()).await;
+        if a.net.counters().contains_key("busy") {
+            assert!(run >= 16, "{run} restarts are an honest host's bad day");
+            return;
+        }
+    }
+    panic!("40 restarts in a row, and nobody minded: {:?}", a.net.counters());
+}
+
+/// Beats of all peers go through one channel; one peer's thousands must not push out the others' few.
+#[tokio::test]
+async fn beats_are_taken_no_faster_than_they_can_matter() {
+    let (ds, mut a) = victim().await;
+    let rogue = Rogue::as_host1(&ds, &a).await;
+    let (mut send, _recv) = rogue.greet(&hello(&ds), &mut a).await;
+    let flood = tokio::spawn(async move {
+        for n in 1..4000_u64 {
+            let beat = [n.to_le_bytes(), 0_u64.to_le_bytes()].concat();
+            if send.write_all(&frame(0x03, &beat)).await.is_err() {
+                break;
+            }
+        }
+        send
+    });
+    let begun = std::time::Instant::now();
+    let mut beats = 0;
+    while begun.elapsed() < Duration::from_secs(1) {
+        if let Ok(Some(vmfs_net::NetEvent::Beat { .. })) =
+            tokio::time::timeout(Duration::from_millis(100), a.events.recv()).await
+        {
+            beats += 1;
+        }
+    }
+    // 50 at once, and one each 20 ms.
+    assert!((50..=120).contains(&beats), "{beats} beats in a second");
+    flood.abort();
+}

@@ -152,7 +152,9 @@ pub(super) fn load_key(path: &Path) -> Result<HostKey, PkiError> {
 }
 
 pub(super) fn write_key(path: &Path, key: &HostKey) -> Result<(), PkiError> {
-    let text = Zeroizing::new(pem::encode(&pem::Pem::new(KEY_TAG, key.to_pkcs8_der().to_vec())));
+    let pem = pem::Pem::new(KEY_TAG, key.to_pkcs8_der().to_vec());
+    let text = Zeroizing::new(pem::encode(&pem));
+    drop(Zeroizing::new(pem.into_contents()));
     files::create(path, Mode::Secret, text.as_bytes())
 }
 

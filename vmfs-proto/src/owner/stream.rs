@@ -83,6 +83,9 @@ impl Machine {
     /// A member states its head: stream from the common point, or send it to block-level sync.
     pub(crate) fn on_join(&mut self, env: &mut Env<'_>, from: HostId, join: &Join, out: &mut Vec<Output>) {
         let head = self.state.head();
+        if !matches!(&self.role, RoleState::Owner(o) if o.links.contains_key(&from)) {
+            return;
+        }
         let common = common(&self.state, join);
         let RoleState::Owner(o) = &mut self.role else { return };
         let Some(link) = o.links.get_mut(&from) else { return };
@@ -130,9 +133,10 @@ impl Machine {
         promised: Epoch,
         out: &mut Vec<Output>,
     ) {
+        let near = self.is_near(promised);
         let RoleState::Owner(o) = &mut self.role else { return };
         let Some(link) = o.links.get_mut(&from) else { return };
-        if why == Refusal::Promised && link.admitted && promised > o.start.epoch {
+        if why == Refusal::Promised && near && link.admitted && promised > o.start.epoch {
             let serving = o.links.values().filter(|l| l.admitted && l.streaming).count();
             let quorum = self.state.members.quorum();
             let without = serving + 1 - usize::from(o.links.get(&from).is_some_and(|l| l.streaming));

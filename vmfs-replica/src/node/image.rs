@@ -347,8 +347,9 @@ impl Image {
         Ok(entries.into_iter().map(|e| from_log(&e.update, e.payload)).collect())
     }
 
-    /// Takes an update from the stream of `from`: checks payload, chain and certificate, appends.
-    pub(super) fn take(self: &Arc<Self>, from: HostId, update: &Update, payload: Bytes) {
+    /// Takes an update from the stream of `from`: checks payload, chain and certificate, appends. False
+    /// when it was not taken.
+    pub(super) fn take(self: &Arc<Self>, from: HostId, update: &Update, payload: Bytes) -> bool {
         let witness = self.store.kind() == MemberRole::Witness;
         let whole =
             if witness { payload.is_empty() } else { payload_matches(&update.header.digests, &payload) };
@@ -362,6 +363,7 @@ impl Image {
         if taken {
             self.took_note(update);
         }
+        taken
     }
 
     fn take_locked(

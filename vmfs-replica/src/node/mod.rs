@@ -15,6 +15,7 @@ mod incoming;
 mod io;
 mod life;
 mod line;
+mod quota;
 mod repair;
 mod ring;
 mod start;
@@ -23,7 +24,7 @@ mod sync;
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -36,7 +37,7 @@ use vmfs_net::Network;
 use vmfs_proto::{Contact, Env, Identity, Timing};
 use vmfs_store::{ImageStore, Store};
 
-pub(crate) use ask::{Ask, Told};
+pub(crate) use ask::{Ask, Told, decode_told, encode_told};
 pub use create::CreateError;
 pub(crate) use image::Pending;
 pub use image::{FlushDone, Image, Wake};
@@ -82,8 +83,12 @@ pub struct NodeInner {
     mount_seen: AtomicU64,
     /// Payload appended so far, over all images.
     pub(crate) appended_bytes: AtomicU64,
-    /// Refusals before any image was involved, by reason, and the like.
-    pub(crate) malformed_frames: AtomicU64,
+    /// Refusals that no image has counted, by reason.
+    refused: Mutex<BTreeMap<&'static str, u64>>,
+    /// Copies that were offered and have received nothing yet: by whom, and when.
+    introduced: Mutex<HashMap<ImageId, (HostId, Instant)>>,
+    /// Bytes of control messages that wait for each peer.
+    waiting_bytes: Mutex<HashMap<HostId, Arc<AtomicUsize>>>,
 }
 
 /// This node's clock starts here, so that "zero" is long ago.
@@ -204,9 +209,25 @@ impl NodeInner {
     pub fn met_store(&self, host: HostId) -> Option<StoreId> {
         self.known_store(host)
     }
-    /// Control messages that did not decode.
-    pub fn malformed_messages(&self) -> u64 {
-        self.malformed_frames.load(Ordering::Relaxed)
+    /// Refusals that no image has counted (messages that do not decode, offers and questions of hosts that
+    /// have no business with an image), by reason.
+    pub fn refusals(&self) -> BTreeMap<&'static str, u64> {
+        self.refused.lock().clone()
+    }
+    /// Counts one of them. Logged when it is the first, and when their number has doubled.
+    pub(crate) fn refused(&self, reason: &'static str, from: HostId, why: &dyn std::fmt::Display) {
+        let mut refused = self.refused.lock();
+        let count = refused.entry(reason).or_default();
+        *count += 1;
+        let news = count.is_power_of_two();
+        drop(refused);
+        if news {
+            tracing::warn!(peer = %from.short(), "{reason}: {why}");
+        }
+    }
+    /// The counter of what waits for `peer`, over all its lines.
+    pub(crate) fn waiting_bytes(&self, peer: HostId) -> Arc<AtomicUsize> {
+        Arc::clone(self.waiting_bytes.lock().entry(peer).or_default())
     }
     /// Becomes true when the daemon stops.
     pub fn stopping(&self) -> tokio::sync::watch::Receiver<bool> {
