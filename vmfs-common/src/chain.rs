@@ -184,6 +184,12 @@ impl EpochSecret {
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
+    /// From a source of secure random bytes.
+    pub fn random(fill: &mut dyn FnMut(&mut [u8])) -> Self {
+        let mut secret = Self([0; 32]);
+        fill(&mut secret.0);
+        secret
+    }
     /// The bytes, for the store (mode 0600), the shares, and publication when the epoch has ended.
     #[must_use]
     pub const fn expose(&self) -> &[u8; 32] {
@@ -204,6 +210,29 @@ impl EpochSecret {
     #[must_use]
     pub fn first_public(&self, image: ImageId, epoch: Epoch) -> Digest {
         public_id(&self.first_private(image, epoch))
+    }
+}
+
+/// A member's share of an epoch's secret. Zeroized when dropped, never shown.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Zeroize, ZeroizeOnDrop, Serialize, Deserialize)]
+pub struct Share(Vec<u8>);
+
+impl std::fmt::Debug for Share {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Share(..)")
+    }
+}
+
+impl Share {
+    /// From its bytes.
+    #[must_use]
+    pub const fn from_bytes(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+    /// The bytes, for the store, and for putting the secret together.
+    #[must_use]
+    pub fn expose(&self) -> &[u8] {
+        &self.0
     }
 }
 
@@ -233,13 +262,21 @@ impl Draft {
 /// The owner's end of the chain: makes updates. Lives only in the owner's memory; a restart is an
 /// election with a new secret.
 #[cfg_attr(feature = "testing", derive(Clone))]
-#[derive(Debug)]
 pub struct OwnerChain {
     secret: EpochSecret,
     image: ImageId,
     private: [u8; 32],
     tip: Tip,
     degraded: bool,
+}
+
+impl std::fmt::Debug for OwnerChain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OwnerChain")
+            .field("image", &self.image)
+            .field("tip", &self.tip)
+            .finish_non_exhaustive()
+    }
 }
 
 impl OwnerChain {

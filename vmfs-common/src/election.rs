@@ -253,6 +253,11 @@ impl EpochStart {
         self.signature = key.sign(EPOCH_START_LABEL, &self.signed_bytes(seq, parent));
         self
     }
+    /// True when `key` signed it for this place in the chain.
+    #[must_use]
+    pub fn is_signed_by(&self, seq: Seq, parent: &Digest, key: &PublicKey) -> bool {
+        key.verify(EPOCH_START_LABEL, &self.signed_bytes(seq, parent), &self.signature).is_ok()
+    }
     fn encode_unsigned(&self, w: &mut Writer) {
         let p = &self.proposal;
         w.bytes(p.datastore.as_bytes());
@@ -321,6 +326,30 @@ impl EpochStart {
         }
         let signature = Signature(r.array()?);
         Ok(Self { proposal, mandate, published: present.then_some(secret), signature })
+    }
+
+    /// True when it is the proposal of this image, epoch and public id.
+    #[must_use]
+    pub fn is_for(&self, image: ImageId, epoch: Epoch, public: &Digest) -> bool {
+        let p = &self.proposal;
+        p.image == image && p.ballot == epoch && p.pub0 == *public
+    }
+
+    /// True when a majority of `list` have signed votes for it.
+    #[must_use]
+    pub fn has_majority_of(&self, list: &MemberList) -> bool {
+        self.votes_of(list) >= list.quorum()
+    }
+    /// How many of `list` have signed votes for exactly this proposal, whatever list it counts by.
+    #[must_use]
+    pub fn votes_of(&self, list: &MemberList) -> usize {
+        let Mandate::Votes(votes) = &self.mandate else { return 0 };
+        let proposal = self.proposal.digest();
+        let valid = |m: &crate::policy::Member| {
+            let by = |v: &&Vote| v.host == m.host && v.store == m.store && v.proposal == proposal;
+            votes.iter().find(by).is_some_and(|v| v.is_signed_by(&m.key))
+        };
+        list.all().iter().filter(|m| valid(m)).count()
     }
 
     /// True when a voter's head says that flushes may have been acknowledged with fewer data copies.

@@ -124,10 +124,11 @@ pub struct Seq(pub u64);
 impl Seq {
     /// Before any update.
     pub const ZERO: Self = Self(0);
-    /// The number of the update after this one.
+    /// The number of the update after this one. The highest number stays what it is: peers may state
+    /// it, and no chain gets there.
     #[must_use]
     pub const fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
     /// The number of the update before this one; zero stays zero.
     #[must_use]

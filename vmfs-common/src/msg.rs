@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::chain::Refusal;
+use crate::chain::{Refusal, Share};
 use crate::codec::CodecError;
 use crate::election::{Proposal, Vote};
 use crate::ids::{Epoch, Head, Seq, StoreId};
@@ -134,7 +134,7 @@ pub enum ImageMsg {
         /// The vote.
         vote: Vote,
         /// The voter's share of the secret of `share_epoch`, the epoch of its head.
-        share: Option<(Epoch, Vec<u8>)>,
+        share: Option<(Epoch, Share)>,
     },
     /// Member to candidate.
     VoteRefused {
@@ -227,7 +227,7 @@ pub enum ImageMsg {
         /// The epoch.
         epoch: Epoch,
         /// The share.
-        share: Vec<u8>,
+        share: Share,
     },
     /// Owner to its successor: drained, sealed; propose.
     Handover {

@@ -134,9 +134,18 @@ fn size_opt(r: &mut Reader<'_>) -> Result<Option<u64>, CodecError> {
     }
 }
 
-fn checked_path(path: String) -> Result<String, CodecError> {
-    let bad = |c: &str| c.is_empty() || c == "." || c == ".." || c.len() > NAME_MAX_BYTES || c.contains('\0');
-    if path.split('/').any(bad) { Err(CodecError::Invalid("path")) } else { Ok(path) }
+fn is_component(c: &str) -> bool {
+    !c.is_empty() && c != "." && c != ".." && c.len() <= NAME_MAX_BYTES && !c.contains('\0')
+}
+
+/// A path inside the mount, as it came from elsewhere.
+pub(crate) fn checked_path(path: String) -> Result<String, CodecError> {
+    if path.split('/').all(is_component) { Ok(path) } else { Err(CodecError::Invalid("path")) }
+}
+
+/// A snapshot's name: it is shown as a path component.
+pub(crate) fn checked_name(name: String) -> Result<String, CodecError> {
+    if is_component(&name) && !name.contains('/') { Ok(name) } else { Err(CodecError::Invalid("name")) }
 }
 
 impl Op {
@@ -234,8 +243,8 @@ impl Op {
                 merkle: Digest::from_bytes(r.array()?),
                 state: Digest::from_bytes(r.array()?),
             },
-            13 => Self::Snapshot { name: r.text(NAME_MAX_BYTES)? },
-            14 => Self::DropSnapshot { name: r.text(NAME_MAX_BYTES)? },
+            13 => Self::Snapshot { name: checked_name(r.text(NAME_MAX_BYTES)?)? },
+            14 => Self::DropSnapshot { name: checked_name(r.text(NAME_MAX_BYTES)?)? },
             15 => Self::Rewind { to: Seq(r.u64()?), digest: Digest::from_bytes(r.array()?) },
             _ => return Err(CodecError::Invalid("op")),
         };

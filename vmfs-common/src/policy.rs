@@ -176,6 +176,13 @@ impl MemberList {
     pub fn without(&self, host: HostId) -> Result<Self, CodecError> {
         Self::new(self.0.iter().filter(|m| m.host != host).cloned().collect())
     }
+    /// True when `next` follows by adding, removing or replacing one member, or none.
+    #[must_use]
+    pub fn is_one_change_from(&self, next: &Self) -> bool {
+        let changed = |a: &Self, b: &Self| a.0.iter().filter(|m| b.get(m.host) != Some(m)).count();
+        let (gone, new) = (changed(self, next), changed(next, self));
+        gone <= 1 && new <= 1 && (gone + new <= 1 || self.len() == next.len())
+    }
     /// What proposals name the list by.
     #[must_use]
     pub fn digest(&self) -> Digest {

@@ -8,7 +8,7 @@ use crate::election::{Mandate, decode_head, encode_head};
 use crate::hash::hash;
 use crate::header::Update;
 use crate::ids::{Digest, Epoch, Head, ImageId, Seq};
-use crate::op::{Attrs, NAME_MAX_BYTES, Op, PATH_MAX_BYTES, XATTR_MAX_BYTES};
+use crate::op::{Attrs, NAME_MAX_BYTES, Op, PATH_MAX_BYTES, XATTR_MAX_BYTES, checked_name, checked_path};
 use crate::policy::{ImagePolicy, MemberList};
 
 /// Most extended attributes an image may have.
@@ -242,12 +242,18 @@ impl ImageState {
         let size_bytes = r.u64()?;
         let named = r.flag()?;
         let path = r.text(PATH_MAX_BYTES)?;
+        let path = match named {
+            true => Some(checked_path(path)?),
+            false if path.is_empty() => None,
+            false => return Err(CodecError::Invalid("path")),
+        };
         let unlinked = r.flag()?;
         let attrs = Attrs::decode(&mut r)?;
         let ctime_ns = r.u64()?;
         let mut xattrs = BTreeMap::new();
         for _ in 0..r.count(XATTRS_MAX)? {
             let k = r.text(NAME_MAX_BYTES)?;
+            in_order(&xattrs, &k)?;
             xattrs.insert(k, r.var(XATTR_MAX_BYTES)?.to_vec());
         }
         let members =
@@ -262,7 +268,8 @@ impl ImageState {
         }
         let mut snapshots = BTreeMap::new();
         for _ in 0..r.count(SNAPSHOTS_MAX)? {
-            let k = r.text(NAME_MAX_BYTES)?;
+            let k = checked_name(r.text(NAME_MAX_BYTES)?)?;
+            in_order(&snapshots, &k)?;
             snapshots.insert(k, decode_head(&mut r)?);
         }
         r.end()?;
@@ -270,7 +277,7 @@ impl ImageState {
             image,
             tip,
             size_bytes,
-            path: named.then_some(path),
+            path,
             unlinked,
             attrs,
             ctime_ns,
@@ -282,6 +289,14 @@ impl ImageState {
             epochs,
             snapshots,
         })
+    }
+}
+
+/// The canonical form has every key once, in order.
+fn in_order<V>(map: &BTreeMap<String, V>, next: &String) -> Result<(), CodecError> {
+    match map.last_key_value() {
+        Some((last, _)) if last >= next => Err(CodecError::Invalid("order of keys")),
+        _ => Ok(()),
     }
 }
 

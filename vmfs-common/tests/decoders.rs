@@ -102,7 +102,10 @@ fn samples() -> (Vec<Update>, ImageState) {
 fn messages() -> Vec<Vec<u8>> {
     let sync = ImageMsg::Sync { seq: Seq(7), commit: Seq(5) };
     let ack = ImageMsg::Ack { head: Head::default(), store: StoreId::default() };
-    let share = ImageMsg::Share { epoch: Epoch::default(), share: vec![1; 40] };
+    let share = ImageMsg::Share {
+        epoch: Epoch::default(),
+        share: vmfs_common::chain::Share::from_bytes(vec![1; 40]),
+    };
     [sync, ack, share].iter().map(msg::encode).collect()
 }
 

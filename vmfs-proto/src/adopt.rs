@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use vmfs_common::chain::{EpochSecret, OwnerChain, Refusal};
+use vmfs_common::chain::{OwnerChain, Refusal};
 use vmfs_common::election::{EpochStart, Mandate, Vote, adopted_head, verify_votes};
 use vmfs_common::header::Update;
 use vmfs_common::identity::Signature;
@@ -165,6 +165,13 @@ impl Machine {
         }
     }
 
+    /// The content of an image is for its members, for who is about to become one, and for the candidate
+    /// that this copy has voted for: its list may be newer.
+    pub(crate) fn may_fetch(&self, from: HostId) -> bool {
+        let linked = matches!(&self.role, RoleState::Owner(o) if o.links.contains_key(&from));
+        linked || self.elector(from).is_some() || self.meta.promised.host == from
+    }
+
     /// Somebody who may vote wants to hash our headers forward to the head we have voted with.
     pub(crate) fn on_fetch_headers(
         &mut self,
@@ -174,6 +181,12 @@ impl Machine {
         upto: Head,
         out: &mut Vec<Output>,
     ) {
+        if !self.may_fetch(from) {
+            self.refuse(env, from, None, Refusal::NotAllowed, out);
+            // For a candidate whose ballot has been outbid here meanwhile: it looks elsewhere.
+            send(out, from, ImageMsg::FetchFailed { upto, log_start: env.log_start });
+            return;
+        }
         let at = |seq: Seq| if seq == Seq::ZERO { Some(Head::default()) } else { (env.history)(seq) };
         let held = upto == self.state.head() || at(upto.seq) == Some(upto);
         let after =
@@ -288,7 +301,8 @@ impl Machine {
         let members = self.state.members.clone();
         let RoleState::Candidate(c) = &mut self.role else { return };
         let Some(proposal) = c.proposal.clone() else { return };
-        let Some((_, secret)) = self.meta.bid.filter(|(e, _)| *e == proposal.ballot) else { return };
+        let bid = self.meta.bid.as_ref().filter(|(e, _)| *e == proposal.ballot);
+        let Some((_, secret)) = bid.cloned() else { return };
         let after = if c.forcing { forced_list(&self.id) } else { members.clone() };
         if proposal.members != after.digest() {
             // The adopted chain has another member list: a quorum of that one is needed.
@@ -319,7 +333,6 @@ impl Machine {
         let published = self.ended_secret(head.epoch);
         let start = EpochStart { proposal, mandate, published, signature: Signature([0; 64]) };
         let start = start.signed(head.seq.next(), &head.digest, &self.id.key);
-        let secret = EpochSecret::from_bytes(secret);
         let (chain, update) = OwnerChain::begin(secret, &self.state.tip, start, env.time_ns);
         self.meta.begun = self.meta.bid.take();
         let epoch = update.header.epoch;

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use vmfs_common::chain::EpochSecret;
+use vmfs_common::chain::{EpochSecret, Share};
 use vmfs_common::election::{Proposal, Vote};
 use vmfs_common::ids::{Digest, Epoch, Head, HostId, Millis, Seq};
 use vmfs_common::msg::{ImageMsg, Occasion, VoteRefusal};
@@ -50,7 +50,7 @@ pub(crate) struct Candidate {
     pub(crate) proposal: Option<Proposal>,
     pub(crate) stage: Stage,
     pub(crate) votes: BTreeMap<HostId, Vote>,
-    pub(crate) shares: Vec<(Epoch, Vec<u8>)>,
+    pub(crate) shares: Vec<(Epoch, Share)>,
     pub(crate) answers: BTreeMap<HostId, Answer>,
     /// Voters whose headers or updates could not be had.
     pub(crate) bad_sources: BTreeSet<HostId>,
@@ -182,9 +182,7 @@ impl Machine {
         let RoleState::Candidate(c) = &mut self.role else { return };
         let number = promised.number.max(current.number).max(c.outbid_by.number).saturating_add(1);
         let ballot = Epoch { number, host: self.id.host };
-        let mut bytes = [0; 32];
-        (env.entropy)(&mut bytes);
-        let secret = EpochSecret::from_bytes(bytes);
+        let secret = EpochSecret::random(env.entropy);
         let members = if c.forcing { forced_list(&self.id).digest() } else { self.state.members.digest() };
         let proposal = Proposal {
             datastore: self.id.datastore,
@@ -208,7 +206,7 @@ impl Machine {
         if c.forcing {
             self.meta.forced = Some(ballot);
         }
-        self.meta.bid = Some((ballot, bytes));
+        self.meta.bid = Some((ballot, secret));
         out.push(Output::Report(Event::Bidding { ballot }));
         self.promise_to(env, self.id.host, proposal, out);
     }
@@ -264,7 +262,7 @@ impl Machine {
         env: &mut Env<'_>,
         from: HostId,
         vote: Vote,
-        share: Option<(Epoch, Vec<u8>)>,
+        share: Option<(Epoch, Share)>,
         out: &mut Vec<Output>,
     ) {
         let member = self.elector(from).cloned();
@@ -490,8 +488,8 @@ impl Machine {
     /// The share and secret that make the ended epoch auditable.
     pub(crate) fn ended_secret(&self, ended: Epoch) -> Option<[u8; 32]> {
         let RoleState::Candidate(c) = &self.role else { return None };
-        if let Some((_, s)) = self.meta.begun.filter(|(e, _)| *e == ended) {
-            return Some(s);
+        if let Some((_, s)) = self.meta.begun.as_ref().filter(|(e, _)| *e == ended) {
+            return Some(*s.expose());
         }
         let commitment: Digest = (self.meta.secret_hash.0 == ended).then_some(self.meta.secret_hash.1)?;
         crate::shares::rebuild(&c.shares, ended, commitment).map(|s| *s.expose())

@@ -223,12 +223,11 @@ impl Machine {
                     return Err(Refusal::BadCertificate);
                 }
                 start.verify(h.seq, &head, &self.state.members).map_err(|_| Refusal::BadCertificate)?;
-                if let Mandate::Forced(list) = &start.mandate {
-                    // Nobody follows a separate lineage out of the one it is a member of.
-                    let its_own = self.following.as_ref().is_some_and(|f| f.from_nothing);
-                    if self.is_admitted() && list.get(self.id.host).is_none() && !its_own {
-                        return Err(Refusal::NotAllowed);
-                    }
+                // Nobody follows a separate lineage out of the one it is a member of, whatever that names as
+                // its members: it has its maker's word alone. A blank copy that joined it goes on with it.
+                let its_own = self.following.as_ref().is_some_and(|f| f.from_nothing);
+                if matches!(start.mandate, Mandate::Forced(_)) && self.is_admitted() && !its_own {
+                    return Err(Refusal::NotAllowed);
                 }
                 if h.time_ns < self.state.tip.time_ns {
                     return Err(Refusal::Malformed);

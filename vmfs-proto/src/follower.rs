@@ -78,8 +78,11 @@ impl Machine {
         let current = self.epoch();
         // A later epoch that is only claimed so far is looked into first: whoever loses offers again.
         let claimed = |f: &Following| f.start.epoch > start.epoch && f.host != from && !f.certified;
-        if self.following.as_ref().is_some_and(claimed)
-            || self.walk.as_ref().is_some_and(|w| claimed(w.offered()))
+        // But not instead of the owner this copy has: anybody could claim.
+        let known = start.epoch == current && self.state.epoch_start().is_some_and(|e| e.start == start);
+        if !known
+            && (self.following.as_ref().is_some_and(claimed)
+                || self.walk.as_ref().is_some_and(|w| claimed(w.offered())))
         {
             self.send_refused(from, Refusal::WrongEpoch, Seq::ZERO, out);
             return;
@@ -95,14 +98,14 @@ impl Machine {
             self.refuse(env, from, None, Refusal::Promised, out);
             return;
         }
-        let (parent, certified) = if start.epoch == current {
+        let (parent, certified, backed) = if start.epoch == current {
             let own = *self.state.epoch_start().expect("invariant: a current epoch has a start");
             if own.start != start {
                 self.note_foreign(start, out);
                 self.refuse(env, from, None, Refusal::Fork, out);
                 return;
             }
-            (own.parent, true)
+            (own.parent, true, true)
         } else {
             match self.check_certificate(start, certificate) {
                 Ok(known) => known,
@@ -120,7 +123,7 @@ impl Machine {
         if certified || from_nothing {
             self.follow(env, offered, out);
         } else {
-            self.start_walk(offered, out);
+            self.start_walk(offered, backed, out);
         }
     }
 
@@ -135,17 +138,25 @@ impl Machine {
         if !matches!(self.role, RoleState::Follower) {
             self.become_follower(env, Some(epoch), out);
         }
-        self.walk = None;
+        if offered.certified && offered.start.epoch > self.epoch() {
+            self.walk = None;
+        } else {
+            // A later epoch may go on being looked into while its predecessor's owner is followed.
+            self.walk.take_if(|w| w.offered().start.epoch <= epoch || w.offered().host == epoch.host);
+        }
         self.following = Some(offered);
         self.owner_heard_ns = env.time_ns;
-        self.ack_due = None;
+        if self.epoch().host == epoch.host || self.bound() > self.epoch() {
+            self.ack_due = None;
+        }
         self.send_join(out);
         self.handover_taken(epoch, out);
     }
 
-    /// The parent of the offered `EpochStart`, and whether its certificate holds under a member list
-    /// known here: the one at the head, or the one before a change that may not be committed.
-    fn check_certificate(&self, start: Head, certificate: &[u8]) -> Result<(Head, bool), Refusal> {
+    /// The parent of the offered `EpochStart`; whether its certificate holds under a member list known here
+    /// (the one at the head, or the one before a change that may not be committed); and, for another list,
+    /// whether a member known here has voted for it.
+    fn check_certificate(&self, start: Head, certificate: &[u8]) -> Result<(Head, bool, bool), Refusal> {
         let update = Update::decode(certificate).map_err(|_| Refusal::Malformed)?;
         let h = &update.header;
         let Op::EpochStart(args) = &h.op else { return Err(Refusal::BadCertificate) };
@@ -161,21 +172,25 @@ impl Machine {
                 let named = |v: &&Vote| v.head.digest == h.parent && v.head.seq.next() == h.seq;
                 votes.iter().find(named).map(|v| v.head).ok_or(Refusal::BadCertificate)?
             }
-            Mandate::Forced(list) => {
-                if self.is_admitted() && list.get(self.id.host).is_none() {
+            Mandate::Forced(_) => {
+                if self.is_admitted() {
                     return Err(Refusal::Fork);
                 }
-                return Ok((Head { digest: h.parent, seq: h.seq.prev(), ..Head::default() }, false));
+                let parent = Head { digest: h.parent, seq: h.seq.prev(), ..Head::default() };
+                return Ok((parent, false, false));
             }
             Mandate::Genesis(_) if self.state.head().seq > Seq::ZERO => return Err(Refusal::Fork),
-            Mandate::Genesis(_) => return Ok((Head::default(), false)),
+            Mandate::Genesis(_) => return Ok((Head::default(), false, false)),
         };
         let lists = [Some(&self.state.members), self.meta.previous.as_ref().map(|r| &r.members)];
         let holds = |l: &MemberList| !l.is_empty() && l.digest() == args.proposal.members;
         match lists.into_iter().flatten().find(|l| holds(l)) {
-            Some(list) => verify(args, h.seq, &parent, list).map(|()| (parent, true)),
+            Some(list) => verify(args, h.seq, &parent, list).map(|()| (parent, true, true)),
             // Another list, not known here yet: the updates that lead to it will tell.
-            None => Ok((parent, false)),
+            None => {
+                let backs = |l: &MemberList| !l.is_empty() && args.votes_of(l) > 0;
+                Ok((parent, false, lists.into_iter().flatten().any(backs)))
+            }
         }
     }
 

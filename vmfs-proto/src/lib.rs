@@ -23,6 +23,8 @@ mod certify;
 mod copy;
 mod failed;
 mod follower;
+#[doc(hidden)]
+pub mod fuzzing;
 mod import;
 mod lineage;
 pub mod loss;

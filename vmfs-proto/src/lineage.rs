@@ -13,6 +13,10 @@ use vmfs_common::state::ImageState;
 /// looked at below that epoch.
 pub(crate) fn common(chain: &ImageState, join: &Join) -> Option<Seq> {
     let mut head = join.head;
+    // No copy states more marks; each is looked up among all.
+    if join.marks.len() > MARKS_MAX {
+        return None;
+    }
     for _ in 0..=join.marks.len() {
         if head.seq == Seq::ZERO {
             return Some(Seq::ZERO);

@@ -363,7 +363,12 @@ impl Machine {
                 self.on_headers(env, from, parent, &headers, upto, out)
             }
             ImageMsg::FetchUpdates { after, upto, witness } => {
-                out.push(Output::ServeUpdates { to: from, after, upto, headers_only: witness });
+                if self.may_fetch(from) {
+                    out.push(Output::ServeUpdates { to: from, after, upto, headers_only: witness });
+                } else {
+                    self.refuse(env, from, None, Refusal::NotAllowed, out);
+                    send(out, from, ImageMsg::FetchFailed { upto, log_start: env.log_start });
+                }
             }
             ImageMsg::FetchFailed { upto, .. } => self.on_fetch_failed(env, from, upto, out),
             ImageMsg::Offer { head: _, start, log_start: _, certificate, role: _ } => {

@@ -1,5 +1,6 @@
 //! The machine's own durable record: promises above all. Encoded here, stored by the engine.
 
+use vmfs_common::chain::{EpochSecret, Share};
 use vmfs_common::codec::{CodecError, Reader, Writer};
 use vmfs_common::election::{Rank, Vote, decode_head, decode_vote, encode_head, encode_vote};
 use vmfs_common::ids::{Digest, Epoch, Head, HostId, Seq};
@@ -10,6 +11,8 @@ const VERSION: u32 = 1;
 /// Epochs whose shares are kept.
 const SHARES_MAX: usize = 4;
 const SHARE_MAX_BYTES: usize = 64;
+/// More than the longest record.
+const ENCODED_BYTES_MAX: usize = 4096;
 
 /// The members and policy that commits are counted by.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,11 +75,11 @@ pub(crate) struct Meta {
     /// The vote that went with it: a retry of the same proposal gets the same vote.
     pub(crate) vote: Option<Vote>,
     /// Secret of the last epoch this host began: published in the next `EpochStart`.
-    pub(crate) begun: Option<(Epoch, [u8; 32])>,
+    pub(crate) begun: Option<(Epoch, EpochSecret)>,
     /// Secret of the epoch this host is bidding for. Durable before the proposal is sent.
-    pub(crate) bid: Option<(Epoch, [u8; 32])>,
+    pub(crate) bid: Option<(Epoch, EpochSecret)>,
     /// Shares of other owners' secrets, oldest epoch first.
-    pub(crate) shares: Vec<(Epoch, Vec<u8>)>,
+    pub(crate) shares: Vec<(Epoch, Share)>,
     /// Highest commit point seen. Persisted lazily, and with every vote.
     pub(crate) commit: Rank,
     /// Highest head acknowledged to an owner. Persisted lazily; lowered only by a roll-back.
@@ -106,15 +109,15 @@ fn put_epoch(w: &mut Writer, e: Epoch) {
 fn get_epoch(r: &mut Reader<'_>) -> Result<Epoch, CodecError> {
     Ok(Epoch { number: r.u64()?, host: HostId::from_bytes(r.array()?) })
 }
-fn put_secret(w: &mut Writer, s: Option<&(Epoch, [u8; 32])>) {
+fn put_secret(w: &mut Writer, s: Option<&(Epoch, EpochSecret)>) {
     w.u8(u8::from(s.is_some()));
     if let Some((e, s)) = s {
         put_epoch(w, *e);
-        w.bytes(s);
+        w.bytes(s.expose());
     }
 }
-fn get_secret(r: &mut Reader<'_>) -> Result<Option<(Epoch, [u8; 32])>, CodecError> {
-    Ok(if r.flag()? { Some((get_epoch(r)?, r.array()?)) } else { None })
+fn get_secret(r: &mut Reader<'_>) -> Result<Option<(Epoch, EpochSecret)>, CodecError> {
+    Ok(if r.flag()? { Some((get_epoch(r)?, EpochSecret::from_bytes(r.array()?))) } else { None })
 }
 
 impl Meta {
@@ -135,7 +138,7 @@ impl Meta {
     }
 
     /// Keeps the share of an epoch, and of few epochs before it.
-    pub(crate) fn keep_share(&mut self, epoch: Epoch, share: Vec<u8>) {
+    pub(crate) fn keep_share(&mut self, epoch: Epoch, share: Share) {
         self.shares.retain(|(e, _)| *e != epoch);
         self.shares.push((epoch, share));
         self.shares.sort();
@@ -146,7 +149,8 @@ impl Meta {
 
     /// Magic, version, fields, CRC-32C of everything before it.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut w = Writer::new();
+        // With room for all of it: a vector that grows leaves copies of secrets behind.
+        let mut w = Writer::with_capacity(ENCODED_BYTES_MAX);
         w.bytes(&MAGIC);
         w.u32(VERSION);
         put_epoch(&mut w, self.promised);
@@ -159,7 +163,7 @@ impl Meta {
         w.count(self.shares.len());
         for (e, s) in &self.shares {
             put_epoch(&mut w, *e);
-            w.var(s);
+            w.var(s.expose());
         }
         for (e, s) in [self.commit, self.acked] {
             put_epoch(&mut w, e);
@@ -210,12 +214,15 @@ impl Meta {
         let (begun, bid) = (get_secret(&mut r)?, get_secret(&mut r)?);
         let mut shares = Vec::new();
         for _ in 0..r.count(SHARES_MAX)? {
-            shares.push((get_epoch(&mut r)?, r.var(SHARE_MAX_BYTES)?.to_vec()));
+            shares.push((get_epoch(&mut r)?, Share::from_bytes(r.var(SHARE_MAX_BYTES)?.to_vec())));
         }
         let commit = (get_epoch(&mut r)?, Seq(r.u64()?));
         let acked = (get_epoch(&mut r)?, Seq(r.u64()?));
         let (floored, floor) = (r.flag()?, decode_head(&mut r)?);
         let (is_forced, forced) = (r.flag()?, get_epoch(&mut r)?);
+        if (!floored && floor != Head::default()) || (!is_forced && forced != Epoch::default()) {
+            return Err(CodecError::Invalid("meta record"));
+        }
         let lineage = r.u64()?;
         let secret_hash = (get_epoch(&mut r)?, Digest::from_bytes(r.array()?));
         let previous = if r.flag()? {
@@ -291,7 +298,7 @@ mod tests {
                 members_since: Digest::from_bytes([6; 32]),
                 signature: Signature([7; 64]),
             }),
-            begun: Some((e(1), [5; 32])),
+            begun: Some((e(1), EpochSecret::from_bytes([5; 32]))),
             bid: None,
             commit: (e(2), Seq(8)),
             acked: (e(2), Seq(9)),
@@ -303,10 +310,13 @@ mod tests {
             ..Meta::default()
         };
         for n in 1..8 {
-            m.keep_share(e(n), vec![u8::try_from(n).unwrap(); 33]);
+            m.keep_share(e(n), Share::from_bytes(vec![u8::try_from(n).unwrap(); 33]));
         }
         assert_eq!(m.shares.len(), SHARES_MAX);
         let bytes = m.encode();
+        assert_eq!(bytes.capacity(), ENCODED_BYTES_MAX, "it never grew");
+        let shown = format!("{m:?}");
+        assert!(!shown.contains("5, 5, 5") && !shown.contains("7, 7, 7"), "{shown}");
         assert_eq!(Meta::decode(&bytes), Ok(m));
         for i in 0..bytes.len() {
             let mut bent = bytes.clone();

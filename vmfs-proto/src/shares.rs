@@ -5,9 +5,10 @@ use std::convert::Infallible;
 
 use rand_core::{TryCryptoRng, TryRng};
 use vmfs_common::Epoch;
-use vmfs_common::chain::EpochSecret;
+use vmfs_common::chain::{EpochSecret, Share};
 use vmfs_common::ids::Digest;
 use vsss_rs::Gf256;
+use zeroize::{Zeroize as _, Zeroizing};
 
 /// Bytes of a share: its number and 32 bytes.
 pub(crate) const SHARE_BYTES: usize = 33;
@@ -41,28 +42,31 @@ pub(crate) fn split(
     quorum: usize,
     members: usize,
     entropy: &mut dyn FnMut(&mut [u8]),
-) -> Vec<Vec<u8>> {
+) -> Vec<Share> {
     if members < 2 {
         return Vec::new();
     }
     Gf256::split_bytes(quorum, members, secret.expose(), Entropy(entropy))
         .expect("invariant: 2 <= quorum <= members <= 16, and the secret is not empty")
+        .into_iter()
+        .map(Share::from_bytes)
+        .collect()
 }
 
 /// The secret of `epoch` that `shares` (of any epochs) rebuild, if it is the one committed to.
-pub(crate) fn rebuild(shares: &[(Epoch, Vec<u8>)], epoch: Epoch, commitment: Digest) -> Option<EpochSecret> {
-    let mut of_epoch: Vec<Vec<u8>> = shares
-        .iter()
-        .filter(|(e, s)| *e == epoch && s.len() == SHARE_BYTES && s[0] != 0)
-        .map(|(_, s)| s.clone())
-        .collect();
-    of_epoch.sort();
+pub(crate) fn rebuild(shares: &[(Epoch, Share)], epoch: Epoch, commitment: Digest) -> Option<EpochSecret> {
+    let mut of_epoch: Vec<&[u8]> =
+        shares.iter().filter(|(e, _)| *e == epoch).map(|(_, s)| s.expose()).collect();
+    of_epoch.retain(|s| s.len() == SHARE_BYTES && s[0] != 0);
+    of_epoch.sort_unstable();
     of_epoch.dedup_by_key(|s| s[0]);
     if of_epoch.len() < 2 {
         return None;
     }
-    let bytes: [u8; 32] = Gf256::combine_bytes(&of_epoch).ok()?.try_into().ok()?;
-    let secret = EpochSecret::from_bytes(bytes);
+    let mut copies: Vec<Vec<u8>> = of_epoch.iter().map(|s| s.to_vec()).collect();
+    let bytes = Gf256::combine_bytes(&copies).ok().map(Zeroizing::new);
+    copies.zeroize();
+    let secret = EpochSecret::from_bytes(bytes?[..].try_into().ok()?);
     (secret.commitment() == commitment).then_some(secret)
 }
 
@@ -79,7 +83,7 @@ mod tests {
         let epoch = Epoch { number: 3, ..Epoch::default() };
         let shares: Vec<_> = split(&secret, 3, 5, &mut entropy).into_iter().map(|s| (epoch, s)).collect();
         assert_eq!(shares.len(), 5);
-        assert!(shares.iter().all(|(_, s)| s.len() == SHARE_BYTES));
+        assert!(shares.iter().all(|(_, s)| s.expose().len() == SHARE_BYTES));
         let good = secret.commitment();
         for pick in [[0, 1, 2], [4, 2, 0], [1, 3, 4]] {
             let some: Vec<_> = pick.iter().map(|i| shares[*i].clone()).collect();
@@ -88,7 +92,9 @@ mod tests {
         assert_eq!(rebuild(&shares[..2], epoch, good), None);
         assert_eq!(rebuild(&[shares[0].clone(), shares[0].clone(), shares[1].clone()], epoch, good), None);
         let mut bent = shares[..3].to_vec();
-        bent[1].1[7] ^= 1;
+        let mut bytes = bent[1].1.expose().to_vec();
+        bytes[7] ^= 1;
+        bent[1].1 = Share::from_bytes(bytes);
         assert_eq!(rebuild(&bent, epoch, good), None);
         assert_eq!(rebuild(&shares, Epoch::default(), good), None);
     }

@@ -1,5 +1,6 @@
 //! Promises and votes: what a member answers to a candidate (DESIGN.md section 7, point 2).
 
+use vmfs_common::chain::Share;
 use vmfs_common::election::{Proposal, Vote};
 use vmfs_common::header::FLAG_DEGRADED;
 use vmfs_common::identity::Signature;
@@ -7,7 +8,7 @@ use vmfs_common::ids::{Epoch, Head, HostId, Seq};
 use vmfs_common::msg::{ImageMsg, Occasion, VoteRefusal};
 use vmfs_common::policy::MemberRole;
 
-use crate::api::{Env, Event, Output};
+use crate::api::{Env, Event, Gate, Output};
 use crate::follower::BlockSync;
 use crate::machine::{Machine, RoleState, send};
 
@@ -102,6 +103,11 @@ impl Machine {
         if !data && head.rank() <= self.state.head().rank() {
             return Err(VoteRefusal::OtherMembers);
         }
+        if !data && !last_owner && self.hears_owner(env, epoch) {
+            // A newer list, if there is one, comes from the owner. The candidate's word alone must not
+            // stop an image it may have nothing to do with.
+            return Err(VoteRefusal::OwnerAlive(epoch));
+        }
         match occasion {
             Occasion::Operator | Occasion::Restart => Ok(()),
             Occasion::Handover => {
@@ -109,10 +115,7 @@ impl Machine {
                 if agreed || self.hands_over_to(from) {
                     return Ok(());
                 }
-                let heard = (env.contact)(epoch.host).heard;
-                if epoch.host == self.id.host
-                    || heard.is_some_and(|t| env.now.since(t) < self.timing.lease_ms)
-                {
+                if epoch.host == self.id.host || self.hears_owner(env, epoch) {
                     return Err(VoteRefusal::OwnerAlive(epoch));
                 }
                 if env.now.since(self.booted) < self.timing.lease_ms {
@@ -124,10 +127,25 @@ impl Machine {
         }
     }
 
+    /// The host of `epoch` was heard within one lease, or is this one and serves the image.
+    fn hears_owner(&self, env: &Env<'_>, epoch: Epoch) -> bool {
+        if epoch.host == self.id.host {
+            return matches!(self.role, RoleState::Owner(_)) && self.may_read(env.now) == Gate::Open;
+        }
+        let heard = (env.contact)(epoch.host).heard;
+        heard.is_some_and(|t| env.now.since(t) < self.timing.lease_ms)
+    }
+
     /// A ballot that honest bidding can have led to. See [`BALLOT_LEAP_MAX`].
     pub(crate) fn is_near(&self, ballot: Epoch) -> bool {
         let known = self.promised().max(self.epoch()).max(self.bound());
         ballot.number <= known.number.saturating_add(BALLOT_LEAP_MAX)
+    }
+
+    /// A vote was given, or is about to be: the copy must not be forgotten.
+    #[must_use]
+    pub fn has_promised(&self) -> bool {
+        self.promised() > Epoch::default()
     }
 
     /// The present owner's own vote for exactly this proposal.
@@ -248,10 +266,10 @@ impl Machine {
     }
 
     /// The owner's share of its secret for this member: kept until the epoch has ended.
-    pub(crate) fn on_share(&mut self, env: &Env<'_>, from: HostId, epoch: Epoch, share: Vec<u8>) {
+    pub(crate) fn on_share(&mut self, env: &Env<'_>, from: HostId, epoch: Epoch, share: Share) {
         if from == epoch.host
             && self.authority(from) == Some(epoch)
-            && share.len() == crate::shares::SHARE_BYTES
+            && share.expose().len() == crate::shares::SHARE_BYTES
         {
             self.meta.keep_share(epoch, share);
             self.persist_later(env.now);

@@ -80,8 +80,8 @@ fn decode_row(r: &mut Reader<'_>) -> Result<SegmentRow, CodecError> {
     let no = r.u32()?;
     let class = Class::from_code(r.u8()?).ok_or(CodecError::Invalid("segment class"))?;
     let flags = r.u8()?;
-    r.u16()?;
-    if no >= SEGMENTS_MAX || flags > 3 {
+    let reserved = r.u16()?;
+    if no >= SEGMENTS_MAX || flags > 3 || reserved != 0 {
         return Err(CodecError::Invalid("segment row"));
     }
     Ok(SegmentRow {
@@ -168,7 +168,11 @@ impl Body {
         }
         let state = Arc::new(ImageState::decode(r.var(BODY_BYTES_MAX)?)?);
         r.end()?;
-        let pos = (pos.generation != 0).then_some(pos);
+        let nowhere = LogPos { generation: 0, page: 0, index: 0, offset: 0 };
+        if pos.generation == 0 && pos != nowhere {
+            return Err(CodecError::Invalid("log position"));
+        }
+        let pos = (pos != nowhere).then_some(pos);
         Ok(Self { kind, gen_mark, commit, log_start, pos, root, height, allocated, segments, forks, state })
     }
 }

@@ -118,14 +118,17 @@ pub(crate) fn take_generations(disk: &dyn Disk, rot: &Ledger) -> Result<u64, Sto
         *limit = read_limit(&*file, i as u64)?;
     }
     let highest = limits.iter().flatten().max().copied();
-    let highest = highest.ok_or_else(|| StoreError::corrupt("the store's generation limit"))?;
+    let corrupt = || StoreError::corrupt("the store's generation limit");
+    let highest = highest.ok_or_else(corrupt)?;
     let damaged = limits.iter().position(Option::is_none);
     // The damaged one may have been the higher, by one step.
-    let first = if damaged.is_some() { highest + STEP } else { highest };
+    let first = if damaged.is_some() { highest.checked_add(STEP) } else { Some(highest) };
+    let first = first.ok_or_else(corrupt)?;
+    let next = first.checked_add(STEP).ok_or_else(corrupt)?;
     // The lower (or damaged) one is overwritten first. Before that the other is made durable: it may be
     // there in the page cache only, from a start whose sync has failed.
     let victim = u64::from(limits[0] > limits[1]);
-    for (limit, place) in [(highest, 1 - victim), (first + STEP, victim), (first + STEP, 1 - victim)] {
+    for (limit, place) in [(highest, 1 - victim), (next, victim), (next, 1 - victim)] {
         file.write_at(&limit_page(limit), (2 + place) * PAGE_U64).during(what)?;
         file.sync().during(what)?;
     }

@@ -13,6 +13,8 @@ pub mod disk;
 mod error;
 mod files;
 mod fork;
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod image;
 mod import;

@@ -106,7 +106,7 @@ fn encode_group(number: u64, changes: &[Change]) -> Zeroizing<Vec<u8>> {
     out
 }
 
-struct Group {
+pub(crate) struct Group {
     number: u64,
     changes: Vec<Change>,
     /// Bytes of one copy.
@@ -114,7 +114,7 @@ struct Group {
 }
 
 /// The group that starts at `at`, if a whole one does.
-fn read_group(file: &dyn DiskFile, at: u64, end: u64) -> Result<Option<Group>, StoreError> {
+pub(crate) fn read_group(file: &dyn DiskFile, at: u64, end: u64) -> Result<Option<Group>, StoreError> {
     let what = || "reading the metadata journal".to_owned();
     let mut fixed = [0u8; FIXED];
     file.read_at(&mut fixed, at).during(what)?;
@@ -179,7 +179,8 @@ impl Meta {
             at += group.copy_bytes;
             good_end = at;
             if group.number == wanted {
-                expected = Some(wanted + 1);
+                let next = wanted.checked_add(1);
+                expected = Some(next.ok_or_else(|| StoreError::corrupt("the metadata journal"))?);
                 for (key, value) in group.changes {
                     match value {
                         Some(v) => values.insert(key, v),

@@ -147,3 +147,14 @@ pub(super) fn decode_record(generation: u64, bytes: &[u8]) -> Option<Record> {
     r.end().ok()?;
     Some(Record { seq, tag, changes, len: (RECORD_BYTES + payload_len).next_multiple_of(8) })
 }
+
+/// The record at the start of `bytes` with the checksum it should have.
+pub(super) fn with_checksum(generation: u64, bytes: &[u8]) -> Vec<u8> {
+    let mut fixed = bytes.to_vec();
+    let len = fixed.first_chunk::<4>().map(|l| u32::from_le_bytes(*l) as usize);
+    if let Some(record) = len.and_then(|len| bytes.get(..RECORD_BYTES.checked_add(len)?)) {
+        let crc = record_crc(generation, record);
+        fixed[4..8].copy_from_slice(&crc.to_le_bytes());
+    }
+    fixed
+}

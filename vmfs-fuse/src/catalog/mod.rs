@@ -18,6 +18,8 @@
 //! refuses everything (the kernel may have dropped the pages: retrying would lie).
 
 mod format;
+#[doc(hidden)]
+pub mod fuzzing;
 mod row;
 #[cfg(test)]
 mod tests;

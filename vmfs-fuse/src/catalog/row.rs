@@ -85,6 +85,9 @@ impl Meta {
         let mut xattrs = BTreeMap::new();
         for _ in 0..r.count(XATTRS_MAX)? {
             let name = r.text(NAME_MAX_BYTES)?;
+            if xattrs.last_key_value().is_some_and(|(last, _)| *last >= name) {
+                return Err(CodecError::Invalid("order of attributes"));
+            }
             xattrs.insert(name, r.var(XATTR_MAX_BYTES)?.to_vec());
         }
         Ok(Self { attrs, ctime_ns, xattrs })

@@ -181,12 +181,15 @@ impl Machine {
         };
         let op = op.expect("invariant: the list was checked, and there is one change at a time");
         self.stop_streams(out);
+        let members = matches!(op, Op::Members(_));
         let seq = self.append_own(env, Some(Draft::op(op)), out);
+        // A change of members goes nowhere without its owner's signature: who was away believes no other.
+        let vouched = if members { self.append_own(env, None, out) } else { seq };
         if let RoleState::Owner(o) = &mut self.role
             && let Some(change) = &mut o.change
         {
             change.step = Step::Committing(seq);
-            o.hold = Some(seq);
+            o.hold = Some(vouched);
             o.links.values_mut().for_each(|l| l.streaming = false);
             if let Kind::Add(m) = &change.kind
                 && let Some(link) = o.links.get_mut(&m.host)

@@ -14,7 +14,7 @@ pub(crate) mod stream;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use vmfs_common::chain::{Draft, EpochSecret, OwnerChain};
+use vmfs_common::chain::{Draft, EpochSecret, OwnerChain, Share};
 use vmfs_common::election::{EpochStart, Genesis, Mandate, Proposal};
 use vmfs_common::header::Update;
 use vmfs_common::identity::Signature;
@@ -78,7 +78,7 @@ pub(crate) struct Owner {
     pub(crate) flushed: Seq,
     pub(crate) links: BTreeMap<HostId, Link>,
     /// One share of the epoch's secret for each member at its start.
-    shares: BTreeMap<HostId, Vec<u8>>,
+    shares: BTreeMap<HostId, Share>,
     /// Contact with a quorum lasts until here at least.
     lease_until: Millis,
     /// The lease runs from here when there was no contact yet.
@@ -203,9 +203,8 @@ impl Owner {
 impl Machine {
     pub(crate) fn begin_genesis(&mut self, env: &mut Env<'_>, genesis: Genesis, out: &mut Vec<Output>) {
         let ballot = Epoch { number: 1, host: self.id.host };
-        let mut bytes = [0; 32];
-        (env.entropy)(&mut bytes);
-        let secret = EpochSecret::from_bytes(bytes);
+        let secret = EpochSecret::random(env.entropy);
+        let kept = secret.clone();
         let proposal = Proposal {
             datastore: self.id.datastore,
             image: self.image,
@@ -219,7 +218,7 @@ impl Machine {
         let start = start.signed(Seq(1), &Digest::default(), &self.id.key);
         let (chain, update) = OwnerChain::begin(secret, &self.state.tip, start, env.time_ns);
         self.meta.promised = ballot;
-        self.meta.begun = Some((ballot, bytes));
+        self.meta.begun = Some((ballot, kept));
         self.become_owner(env, chain, &update, None, out);
     }
 

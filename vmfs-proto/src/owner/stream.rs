@@ -92,6 +92,9 @@ impl Machine {
     /// A member states its head: stream from the common point, or send it to block-level sync.
     pub(crate) fn on_join(&mut self, env: &mut Env<'_>, from: HostId, join: &Join, out: &mut Vec<Output>) {
         let head = self.state.head();
+        if !matches!(&self.role, RoleState::Owner(o) if o.links.contains_key(&from)) {
+            return;
+        }
         let common = common(&self.state, join);
         let RoleState::Owner(o) = &mut self.role else { return };
         let Some(link) = o.links.get_mut(&from) else { return };

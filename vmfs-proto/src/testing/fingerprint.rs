@@ -130,8 +130,9 @@ impl Machine {
         (in_flight, again, stale, ack_due, muted, suspect, confirmed, forked).hash(h);
         following.as_ref().map(of_following).hash(h);
         walk.is_some().hash(h);
-        if let Some(Walk { offered, last, lists }) = walk {
+        if let Some(Walk { offered, last, tip, lists, unvouched, backed }) = walk {
             (of_following(offered), last, lists).hash(h);
+            (tip.is_some(), unvouched, backed).hash(h);
         }
         promise.is_some().hash(h);
         if let Some(Promise { from, proposal, version }) = promise {

@@ -64,6 +64,9 @@ pub enum ServerError {
         /// Its length.
         bytes: usize,
     },
+    /// In a directory where others may put a socket of theirs in its place.
+    #[error("control socket {}: other users may write its directory", .0.display())]
+    OpenDirectory(PathBuf),
     /// Anything else.
     #[error("control socket {}: cannot {what}: {source}", path.display())]
     Io {
@@ -113,6 +116,12 @@ impl ControlServer {
         let bytes = path.as_os_str().len();
         if bytes > SOCKET_PATH_BYTES_MAX {
             return Err(ServerError::PathTooLong { path: path.to_owned(), bytes });
+        }
+        let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mode = std::fs::metadata(parent).map_err(io("look at the directory of"))?.mode();
+        // With the sticky bit others cannot replace what is not theirs.
+        if mode & 0o002 != 0 && mode & 0o1000 == 0 {
+            return Err(ServerError::OpenDirectory(path.to_owned()));
         }
         remove_stale(path)?;
         let socket = UnixSocket::new_stream().map_err(io("create a socket"))?;

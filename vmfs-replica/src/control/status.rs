@@ -68,9 +68,8 @@ impl NodeControl {
         for (why, n) in images.iter().flat_map(|i| &i.refusals) {
             *refusals.entry(why.clone()).or_default() += n;
         }
-        let malformed = node.malformed_messages();
-        if malformed > 0 {
-            *refusals.entry("malformed-message".to_owned()).or_default() += malformed;
+        for (why, n) in node.refusals() {
+            *refusals.entry(why.to_owned()).or_default() += n;
         }
         StatusReport {
             host: node.config.host.as_str().to_owned(),

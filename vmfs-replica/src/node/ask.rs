@@ -5,10 +5,14 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use vmfs_common::codec::CodecError;
 use vmfs_common::msg;
-use vmfs_common::{BlockIndex, Digest, Head, ImageId, Seq};
+use vmfs_common::op::SIZE_MAX_BYTES;
+use vmfs_common::{BLOCK_BYTES_U64, BlockIndex, Digest, Head, ImageId, Seq};
 
 /// Most blocks in one answer: 960 KiB of payload.
 pub(crate) const BLOCKS_MAX: usize = 240;
+
+/// No image has a block with this index or a higher one.
+pub(crate) const BLOCK_INDEX_END: u64 = SIZE_MAX_BYTES / BLOCK_BYTES_U64;
 
 /// A question.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

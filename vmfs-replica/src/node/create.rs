@@ -1,14 +1,16 @@
 //! New images: those made here, and copies offered by other hosts.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vmfs_common::config::Replicas;
 use vmfs_common::election::Genesis;
-use vmfs_common::header::FORMAT_LEVEL;
+use vmfs_common::header::{FORMAT_LEVEL, Update};
+use vmfs_common::msg::ImageMsg;
 use vmfs_common::op::{Attrs, Op};
 use vmfs_common::policy::{Member, MemberList, MemberRole};
 use vmfs_common::state::ImageState;
-use vmfs_common::{HostId, ImageId};
+use vmfs_common::{HostId, ImageId, Seq};
 use vmfs_net::HostRole;
 use vmfs_proto::{Input, Machine};
 use vmfs_store::StoreError;
@@ -16,6 +18,11 @@ use vmfs_store::StoreError;
 use super::image::Image;
 use super::io::IoError;
 use super::{NodeInner, fill_random};
+
+/// Copies that one host has offered and sent nothing of.
+const BLANK_MAX: usize = 256;
+/// They are kept this long while that host is away.
+const OFFERED_KEPT: Duration = Duration::from_secs(60);
 
 /// Why an image was not made.
 #[derive(Debug, thiserror::Error)]
@@ -138,14 +145,26 @@ impl NodeInner {
         Ok((list, missing))
     }
 
-    /// A copy offered by the owner of an image not known here.
+    /// Begins a copy of an image not known here when `message` offers it or asks for a vote on it. `None`
+    /// when it does neither as an honest host would.
+    ///
+    /// # Errors
+    /// The store's, or too many such copies of this host have not received anything yet.
     pub(super) fn take_offer(
         self: &Arc<Self>,
+        from: HostId,
         id: ImageId,
-        role: MemberRole,
-    ) -> Result<Arc<Image>, StoreError> {
+        message: &ImageMsg,
+    ) -> Result<Option<Arc<Image>>, StoreError> {
+        let Some(role) = self.role_offered(from, id, message) else { return Ok(None) };
+        let mut introduced = self.introduced.lock();
         if let Some(image) = self.image(id) {
-            return Ok(image);
+            return Ok(Some(image));
+        }
+        introduced.retain(|id, _| self.image(*id).is_some_and(|i| i.store.head().seq == Seq::ZERO));
+        if introduced.values().filter(|(host, _)| *host == from).count() >= BLANK_MAX {
+            self.refused("flood", from, &"offers of images that it sends nothing of");
+            return Err(StoreError::Full);
         }
         // Where the copy was lost its promises may still be here: they bind the next one, too.
         let meta = self.store.get_meta(id);
@@ -161,8 +180,61 @@ impl NodeInner {
                 machine
             })
         });
+        introduced.insert(id, (from, Instant::now()));
         tracing::info!(image = %id, ?role, "keeping a copy");
-        Ok(image)
+        Ok(Some(image))
+    }
+
+    /// What this host is to keep of an image that `message` is the first word of: nothing is made for
+    /// what is not signed by the host it comes from.
+    fn role_offered(&self, from: HostId, id: ImageId, message: &ImageMsg) -> Option<MemberRole> {
+        let datastore = self.identity.datastore;
+        let (role, good) = match message {
+            ImageMsg::Propose { proposal: p, role, .. } => {
+                (*role, p.image == id && p.ballot.host == from && p.datastore == datastore)
+            }
+            ImageMsg::Offer { start, certificate, role, .. } => {
+                let key = self.network().directory().get(from).map(|e| e.public_key);
+                let signed = |u: &Update| match &u.header.op {
+                    Op::EpochStart(args) => {
+                        let h = &u.header;
+                        u.head() == *start
+                            && h.epoch.host == from
+                            && args.is_for(id, h.epoch, &h.public)
+                            && args.proposal.datastore == datastore
+                            && key.is_some_and(|k| args.is_signed_by(h.seq, &h.parent, &k))
+                    }
+                    _ => false,
+                };
+                (*role, Update::decode(certificate).is_ok_and(|u| u.header.image == id && signed(&u)))
+            }
+            _ => return None,
+        };
+        if !good {
+            self.refused("bad-certificate", from, &"an offer of an image that is not known here");
+        }
+        good.then_some(role)
+    }
+
+    /// Forgets copies that were offered, have received nothing and promised nothing, and whose offering
+    /// host is gone.
+    pub(super) fn sweep_offered(self: &Arc<Self>) {
+        let old: Vec<_> = {
+            let introduced = self.introduced.lock();
+            let gone =
+                |(host, at): &(HostId, Instant)| at.elapsed() > OFFERED_KEPT && self.session(*host).is_none();
+            introduced.iter().filter(|(_, v)| gone(v)).map(|(id, _)| *id).collect()
+        };
+        for id in old {
+            self.introduced.lock().remove(&id);
+            let Some(image) = self.image(id).filter(|i| i.pulling().is_none() && i.retire_untouched()) else {
+                continue;
+            };
+            tracing::info!(image = %id, "offered, and nothing came of it: forgotten");
+            if let Err(e) = self.forget(&image) {
+                tracing::warn!(image = %id, "cannot remove an image that nothing came of: {e}");
+            }
+        }
     }
 
     /// Drops this host's copy of an image on an operator's word: another lineage of it is to be kept.

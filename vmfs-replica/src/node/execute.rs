@@ -80,7 +80,9 @@ impl Image {
                 let image = self.clone();
                 core.deferred.push(Box::new(move || image.wake_all()));
             }
-            Output::ReadHeaders { to, after, upto } => self.read_headers(node, to, after, upto),
+            Output::ReadHeaders { to, after, upto } => {
+                self.on_line(node, to, |l| l.send_headers(after, upto));
+            }
             Output::ServeUpdates { to, after, upto, headers_only } => {
                 self.serve_updates(node, to, after, upto, headers_only);
             }
@@ -147,38 +149,31 @@ impl Image {
         }
     }
 
-    fn read_headers(self: &Arc<Self>, node: &Arc<NodeInner>, to: HostId, after: Head, upto: Head) {
-        let (image, node2) = (self.clone(), node.clone());
-        node.blocking(move || {
-            let messages = image.headers_between(after, upto).unwrap_or_else(|| {
-                let log_start = image.store.log_start();
-                vec![ImageMsg::FetchFailed { upto, log_start }]
-            });
-            messages.into_iter().for_each(|m| image.on_line(&node2, to, |l| l.send(m)));
-        });
+    /// The next message of headers after `after` up to `upto`, and where it ends; or that they are not
+    /// there.
+    pub(super) fn headers_after(&self, after: Head, upto: Head) -> (ImageMsg, Option<Head>) {
+        let log_start = self.store.log_start();
+        self.headers_between(after, upto).map_or_else(
+            || (ImageMsg::FetchFailed { upto, log_start }, None),
+            |(headers, last)| (ImageMsg::Headers { parent: after, headers, upto }, Some(last)),
+        )
     }
 
-    fn headers_between(&self, after: Head, upto: Head) -> Option<Vec<ImageMsg>> {
+    fn headers_between(&self, after: Head, upto: Head) -> Option<(Vec<Vec<u8>>, Head)> {
         if self.store.head_at(upto.seq).ok()? != Some(upto) {
             return None;
         }
-        let mut messages = Vec::new();
-        let (mut parent, mut headers, mut bytes) = (after, Vec::new(), 0);
-        let mut last = after;
-        for seq in after.seq.0 + 1..=upto.seq.0 {
-            let update = self.store.update_at(Seq(seq)).ok()??;
-            if headers.len() == HEADERS_MAX || bytes + update.bytes.len() > HEADERS_MAX_BYTES {
-                messages.push(ImageMsg::Headers { parent, headers: std::mem::take(&mut headers), upto });
-                (parent, bytes) = (last, 0);
-            }
+        let (mut headers, mut bytes, mut last) = (Vec::new(), 0, after);
+        while last.seq < upto.seq && headers.len() < HEADERS_MAX {
+            let update = self.store.update_at(last.seq.next()).ok()??;
             bytes += update.bytes.len();
+            if bytes > HEADERS_MAX_BYTES && !headers.is_empty() {
+                break;
+            }
             last = update.head();
             headers.push(update.bytes.to_vec());
         }
-        if !headers.is_empty() {
-            messages.push(ImageMsg::Headers { parent, headers, upto });
-        }
-        Some(messages)
+        (!headers.is_empty()).then_some((headers, last))
     }
 
     fn serve_updates(

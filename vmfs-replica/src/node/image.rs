@@ -391,8 +391,9 @@ impl Image {
     }
 
     /// Takes updates (header and payload) from the stream of `from`, in order: checks payload, chain and
-    /// certificate of each, appends.
-    pub(super) fn take_all(self: &Arc<Self>, from: HostId, updates: Vec<(Bytes, Bytes)>) {
+    /// certificate of each, appends. Says how many were not taken.
+    pub(super) fn take_all(self: &Arc<Self>, from: HostId, updates: Vec<(Bytes, Bytes)>) -> usize {
+        let mut refused = updates.len();
         let decoded: Vec<_> = updates.into_iter().map(|(h, payload)| (Update::decode(&h), payload)).collect();
         let whole = match self.store.kind() {
             MemberRole::Witness => decoded.iter().map(|(_, payload)| payload.is_empty()).collect(),
@@ -428,8 +429,10 @@ impl Image {
                     }
                 }
             });
+            refused -= taken.len();
             taken.iter().for_each(|update| self.took_note(update));
         }
+        refused
     }
 
     fn take_locked(

@@ -1,7 +1,7 @@
-//! What peers send: image streams, and questions.
+//! What peers send: image streams, and questions. A peer with a valid certificate may still send whatever
+//! it likes, as fast as it can: how much of this host it can occupy is bounded in [`super::quota`].
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,8 @@ use vmfs_proto::Input;
 
 use super::NodeInner;
 use super::ask::{Ask, Told, encode_told};
-use super::image::SealPin;
+use super::image::{Image, SealPin};
+use super::quota::{Pace, Quota, Quotas, Wasted};
 
 /// Most updates, and about the most bytes, taken at a time.
 const BATCH_UPDATES_MAX: usize = 256;
@@ -29,11 +30,12 @@ pub(super) struct Incoming {
     node: Mutex<Weak<NodeInner>>,
     /// The reader at work for each (image, peer): a second stream replaces the first.
     readers: Mutex<HashMap<(ImageId, HostId), (u64, tokio::task::AbortHandle)>>,
+    quotas: Quotas,
 }
 
 impl Incoming {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { node: Mutex::new(Weak::new()), readers: Mutex::default() })
+        Arc::new(Self { node: Mutex::new(Weak::new()), readers: Mutex::default(), quotas: Quotas::default() })
     }
     pub(super) fn attach(&self, node: &Arc<NodeInner>) {
         *self.node.lock() = Arc::downgrade(node);
@@ -61,7 +63,8 @@ impl StreamHandler for Handler {
                 if let Some((_, old)) = old {
                     old.abort();
                 }
-                let ended = read_stream(&node, from, session, image, frames, replaced).await;
+                let quota = incoming.quotas.of(from);
+                let ended = read_stream(&node, &quota, (from, session), image, frames, replaced).await;
                 let mut readers = incoming.readers.lock();
                 let current = readers.get(&key).is_some_and(|(s, _)| *s == serial);
                 if current {
@@ -83,8 +86,8 @@ impl StreamHandler for Handler {
 
 async fn read_stream(
     node: &Arc<NodeInner>,
-    from: HostId,
-    session: u64,
+    quota: &Quota,
+    (from, session): (HostId, u64),
     image: ImageId,
     mut frames: FrameReader,
     replaced: bool,
@@ -94,99 +97,136 @@ async fn read_stream(
     if replaced && let Some(image) = node.image(image) {
         image.bounce(from);
     }
-    let mut batch = Vec::new();
+    let mut pace = Pace::new();
+    let mut intake = Intake { node, from, image, batch: Vec::new(), wasted: Wasted::default() };
     while let Some(frame) = frames.next().await? {
-        // What has arrived together is taken together: one change of threads for all of it.
-        let mut bytes = queue_update(node, from, image, frame, &mut batch);
-        while bytes < BATCH_BYTES_MAX && batch.len() < BATCH_UPDATES_MAX {
-            match frames.next_ready() {
-                Ok(Some(frame)) => bytes += queue_update(node, from, image, frame, &mut batch),
-                Ok(None) => break,
-                Err(e) => {
-                    take_updates(node, from, image, &mut batch);
-                    return Err(e);
-                }
-            }
+        let turn = quota.turn().await;
+        let ended = intake.take_ready(frame, &mut frames);
+        drop(turn);
+        let wasted = std::mem::take(&mut intake.wasted);
+        if wasted.frames > 0 {
+            let stranger = node.image(image).is_none_or(|i| i.is_stranger(from));
+            pace.charge(wasted, stranger).await;
         }
-        take_updates(node, from, image, &mut batch);
+        ended?;
     }
     Ok(())
 }
 
-/// Queues an update and says how long it is. A control message is handled at once, after the updates that
-/// came before it.
-fn queue_update(
-    node: &Arc<NodeInner>,
+/// What one stream brings, on its way to its image.
+struct Intake<'a> {
+    node: &'a Arc<NodeInner>,
     from: HostId,
     image: ImageId,
-    frame: Frame,
-    batch: &mut Vec<(Bytes, Bytes)>,
-) -> usize {
-    match frame {
-        Frame::Update { header, payload } => {
-            let bytes = header.len() + payload.len();
-            batch.push((header, payload));
-            bytes
-        }
-        Frame::Control(body) => {
-            take_updates(node, from, image, batch);
-            match msg::decode::<ImageMsg>(&body) {
-                Ok(m) => on_message(node, from, image, m),
+    /// Updates (header and payload) that are to be taken together.
+    batch: Vec<(Bytes, Bytes)>,
+    /// What led to nothing since this was last looked at.
+    wasted: Wasted,
+}
+
+impl Intake<'_> {
+    /// Takes a frame and those that have arrived with it: one change of threads for all of them.
+    fn take_ready(&mut self, frame: Frame, frames: &mut FrameReader) -> Result<(), NetError> {
+        let mut bytes = self.take(frame)?;
+        while bytes < BATCH_BYTES_MAX && self.batch.len() < BATCH_UPDATES_MAX {
+            match frames.next_ready() {
+                Ok(Some(frame)) => bytes += self.take(frame)?,
+                Ok(None) => break,
                 Err(e) => {
-                    node.malformed_frames.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(peer = %from.short(), "a control message that does not decode: {e}");
+                    self.take_batch();
+                    return Err(e);
                 }
             }
-            body.len()
+        }
+        self.take_batch();
+        Ok(())
+    }
+
+    /// Queues an update. A control message is handled at once, after the updates that came before it. Says
+    /// how long the frame is, in bytes.
+    fn take(&mut self, frame: Frame) -> Result<usize, NetError> {
+        let body = match frame {
+            Frame::Update { header, payload } => {
+                let bytes = header.len() + payload.len();
+                self.batch.push((header, payload));
+                return Ok(bytes);
+            }
+            Frame::Control(body) => body,
+        };
+        self.take_batch();
+        let began = Instant::now();
+        match msg::decode::<ImageMsg>(&body) {
+            Ok(message) => on_message(self.node, self.from, self.image, message)?,
+            Err(e) => self.node.refused("malformed-message", self.from, &e),
+        }
+        self.wasted.add(1, began.elapsed());
+        Ok(body.len())
+    }
+
+    /// Hands the batch to the image. A small one is taken on this thread, which is cheaper than handing the
+    /// others' work over; not while the disk has been slow of late, since this thread serves other streams
+    /// too.
+    fn take_batch(&mut self) {
+        let updates = std::mem::take(&mut self.batch);
+        if updates.is_empty() {
+            return;
+        }
+        let count = updates.len();
+        let began = Instant::now();
+        let refused = self.node.image(self.image).map_or(count, |image| self.hand_over(&image, updates));
+        if refused == count {
+            self.wasted.add(count, began.elapsed());
         }
     }
-}
 
-/// Hands a batch to the image. A small one is taken on this thread, which is cheaper than handing the
-/// others' work over; not while the disk has been slow of late, since this thread serves other streams too.
-fn take_updates(node: &Arc<NodeInner>, from: HostId, image: ImageId, batch: &mut Vec<(Bytes, Bytes)>) {
-    let updates = std::mem::take(batch);
-    if updates.is_empty() {
-        return;
-    }
-    let Some(image) = node.image(image) else { return };
-    let bytes: usize = updates.iter().map(|(_, payload)| payload.len()).sum();
-    if bytes > INLINE_BYTES_MAX || node.disk_was_slow() {
-        tokio::task::block_in_place(|| image.take_all(from, updates));
-        return;
-    }
-    let began = Instant::now();
-    image.take_all(from, updates);
-    if began.elapsed() > INLINE_TIME_MAX {
-        node.note_slow_disk();
+    fn hand_over(&self, image: &Arc<Image>, updates: Vec<(Bytes, Bytes)>) -> usize {
+        let bytes: usize = updates.iter().map(|(_, payload)| payload.len()).sum();
+        if bytes > INLINE_BYTES_MAX || self.node.disk_was_slow() {
+            return tokio::task::block_in_place(|| image.take_all(self.from, updates));
+        }
+        let began = Instant::now();
+        let refused = image.take_all(self.from, updates);
+        if began.elapsed() > INLINE_TIME_MAX {
+            self.node.note_slow_disk();
+        }
+        refused
     }
 }
 
-fn on_message(node: &Arc<NodeInner>, from: HostId, id: ImageId, message: ImageMsg) {
-    let image = match (node.image(id), &message) {
-        (Some(image), _) => image,
+fn on_message(node: &Arc<NodeInner>, from: HostId, id: ImageId, message: ImageMsg) -> Result<(), NetError> {
+    let image = match node.image(id) {
+        Some(image) => image,
         // A member named in the genesis may be asked for its vote before it has received anything.
-        (None, ImageMsg::Offer { role, .. } | ImageMsg::Propose { role, .. }) => {
-            match node.take_offer(id, *role) {
-                Ok(image) => image,
-                Err(e) => {
-                    tracing::warn!(image = %id, "cannot keep a copy: {e}");
-                    return;
-                }
+        None => match tokio::task::block_in_place(|| node.take_offer(from, id, &message)) {
+            Ok(Some(image)) => image,
+            Ok(None) => return Ok(()),
+            Err(e) => {
+                tracing::warn!(image = %id, "cannot keep a copy: {e}");
+                // The other end starts over in a while, and offers it again.
+                return Err(NetError::Broken);
             }
-        }
-        (None, _) => return,
+        },
     };
     image.input(Input::Msg { from, msg: Box::new(message) });
+    Ok(())
 }
 
 impl RequestHandler for Handler {
     fn on_request(&self, from: HostId, body: Bytes) -> Answer {
-        let node = self.0.node();
+        let (node, quota) = (self.0.node(), self.0.quotas.of(from));
         Box::pin(async move {
             let node = node.ok_or_else(|| "starting".to_owned())?;
-            let ask = msg::decode::<Ask>(&body).map_err(|e| e.to_string())?;
-            let answered = tokio::task::spawn_blocking(move || answer(&node, from, ask)).await;
+            let ask = msg::decode::<Ask>(&body).map_err(|e| {
+                node.refused("malformed-message", from, &e);
+                e.to_string()
+            })?;
+            // Held until the work is done, also when nobody waits for the answer any more.
+            let turn = quota.answer().await;
+            let answered = tokio::task::spawn_blocking(move || {
+                let _turn = turn;
+                answer(&node, from, ask)
+            })
+            .await;
             let (told, raw) = answered.map_err(|e| e.to_string())?;
             Ok(encode_told(&told, &raw))
         })
@@ -194,7 +234,10 @@ impl RequestHandler for Handler {
 }
 
 fn answer(node: &Arc<NodeInner>, from: HostId, ask: Ask) -> (Told, Vec<u8>) {
-    let gone = || (Told::Gone, Vec::new());
+    let gone = || {
+        node.refused("not-allowed", from, &"a question about an image that it is no member of");
+        (Told::Gone, Vec::new())
+    };
     let member = |id| node.image(id).filter(|i| i.state().members.get(from).is_some() || i.is_learner(from));
     match ask {
         Ask::Claims { known } => node.own_claims(known),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use vmfs_common::msg;
 use vmfs_common::policy::{Member, MemberRole};
-use vmfs_common::{HostId, ImageId, Millis, StoreId};
+use vmfs_common::{HostId, ImageId, Millis, Seq, StoreId};
 use vmfs_net::NetEvent;
 use vmfs_proto::{Input, OpError};
 
@@ -164,6 +164,7 @@ impl NodeInner {
             if self.now().since(last_sweep) > 1000 {
                 last_sweep = self.now();
                 self.sweep_deleted();
+                self.sweep_offered();
             }
             std::thread::sleep(Duration::from_millis(if more && !busy { 5 } else { LOOK_MS }));
         }
@@ -207,6 +208,23 @@ impl Image {
     pub(super) fn is_settled(&self, node: &NodeInner) -> bool {
         let status = self.core.lock().machine.status(node.now());
         status.members.iter().all(|m| m.durable_seq >= status.head.seq)
+    }
+
+    /// True when `host` is not in the member list: it may become a member, or own an epoch that has not
+    /// reached this copy; most likely it has no business here.
+    pub(super) fn is_stranger(&self, host: HostId) -> bool {
+        self.state().members.get(host).is_none()
+    }
+
+    /// If no update was ever taken here, and no vote given: from now on none is. True then.
+    pub(super) fn retire_untouched(self: &Arc<Self>) -> bool {
+        self.locked(|core, env, out| {
+            let untouched = core.machine.state().head().seq == Seq::ZERO && !core.machine.has_promised();
+            if untouched {
+                core.machine.handle(env, Input::StoreFailed, out);
+            }
+            untouched
+        })
     }
 
     /// True when `host` is catching up before its admission.

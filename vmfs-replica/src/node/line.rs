@@ -11,8 +11,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use vmfs_common::header::Update;
-use vmfs_common::msg::{self, ImageMsg};
-use vmfs_common::{HostId, Seq};
+use vmfs_common::msg::{self, ImageMsg, Join};
+use vmfs_common::{Head, HostId, Seq};
 use vmfs_net::{NetError, Network, StreamSender};
 use vmfs_proto::Input;
 use vmfs_store::StoreError;
@@ -20,8 +20,10 @@ use vmfs_store::StoreError;
 use super::image::Image;
 use super::ring::RingItem;
 
-/// Control messages waiting for one peer; above it the line is torn down and starts over.
+/// Control messages of one image waiting for one peer; above it the line is torn down and starts over.
 const MESSAGES_MAX: usize = 4096;
+/// Bytes of control messages of all images waiting for one peer; above it likewise.
+pub(crate) const PEER_MESSAGES_BYTES_MAX: usize = 16 << 20;
 /// Bytes taken from the ring or the log at a time.
 const BATCH_BYTES: usize = 4 << 20;
 
@@ -49,6 +51,8 @@ struct Queue {
     feed: Option<Feed>,
     /// A part of the log that a candidate asked for.
     serve: Option<Feed>,
+    /// Headers that were asked for: after the first head, up to the second.
+    headers: Option<(Head, Head)>,
     /// Of the updates to be made durable and not yet passed: the lowest and the highest, and the
     /// owner's latest commit point.
     sync: Option<(Seq, Seq, Seq)>,
@@ -72,10 +76,34 @@ pub(crate) struct Line {
     lingering: AtomicBool,
     /// Payload appended since the task last looked, in bytes.
     unsent: AtomicUsize,
+    /// Bytes of messages waiting for this peer, over all images.
+    waiting_bytes: Arc<AtomicUsize>,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let left: usize = self.queue.get_mut().messages.iter().map(cost_bytes).sum();
+        self.waiting_bytes.fetch_sub(left, Ordering::Relaxed);
+    }
+}
+
+/// About what a waiting message occupies.
+fn cost_bytes(message: &ImageMsg) -> usize {
+    let marks = |join: &Join| size_of_val(&join.marks[..]);
+    let parts = match message {
+        ImageMsg::Offer { certificate, .. } => certificate.len(),
+        ImageMsg::Join(join) | ImageMsg::Refused { join, .. } | ImageMsg::FetchHeaders { join, .. } => {
+            marks(join)
+        }
+        ImageMsg::Headers { headers, .. } => headers.iter().map(|h| h.len() + size_of::<Vec<u8>>()).sum(),
+        _ => 0,
+    };
+    size_of::<ImageMsg>() + parts
 }
 
 enum Work {
     Message(Box<ImageMsg>),
+    Headers(Head, Head),
     Feed(Feed, bool),
     Idle,
     Closed,
@@ -92,6 +120,7 @@ impl Line {
             feeding: AtomicBool::new(false),
             lingering: AtomicBool::new(false),
             unsent: AtomicUsize::new(0),
+            waiting_bytes: image.node().waiting_bytes(peer),
         });
         let (task, image, network) = (line.clone(), image.clone(), network.clone());
         image.node().spawn(async move {
@@ -143,13 +172,38 @@ impl Line {
     }
     pub(crate) fn send(&self, message: ImageMsg) {
         let mut q = self.queue.lock();
-        if q.messages.len() >= MESSAGES_MAX {
-            tracing::warn!(peer = %self.peer.short(), "too many messages wait for this peer: starting over");
-            q.closed = true;
+        let bytes = cost_bytes(&message);
+        let waiting = self.waiting_bytes.load(Ordering::Relaxed) + bytes;
+        if q.closed {
+            return;
         }
-        q.messages.push_back(message);
+        if q.messages.len() >= MESSAGES_MAX || waiting > PEER_MESSAGES_BYTES_MAX {
+            tracing::debug!(peer = %self.peer.short(), "too many messages wait for this peer: starting over");
+            q.closed = true;
+        } else {
+            self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
+            q.messages.push_back(message);
+        }
         drop(q);
         self.notify.notify_one();
+    }
+    /// Sends the headers after `after` up to `upto`, one message at a time: in place of what was asked
+    /// for before, which whoever asks again no longer waits for.
+    pub(crate) fn send_headers(&self, after: Head, upto: Head) {
+        self.queue.lock().headers = Some((after, upto));
+        self.notify.notify_one();
+    }
+    /// Goes on after `last`, unless other headers were asked for meanwhile.
+    fn headers_sent(&self, after: Head, upto: Head, last: Option<Head>) {
+        let mut q = self.queue.lock();
+        if q.headers == Some((after, upto)) {
+            q.headers = last.filter(|last| last.seq < upto.seq).map(|last| (last, upto));
+        }
+    }
+    fn next_message(&self, q: &mut Queue) -> Option<ImageMsg> {
+        let message = q.messages.pop_front()?;
+        self.waiting_bytes.fetch_sub(cost_bytes(&message), Ordering::Relaxed);
+        Some(message)
     }
     pub(crate) fn feed(&self, after: Seq, headers_only: bool) {
         self.queue.lock().feed = Some(Feed { next: after.next(), headers_only, upto: None });
@@ -179,8 +233,11 @@ impl Line {
         if q.closed {
             return Work::Closed;
         }
-        if let Some(m) = q.messages.pop_front() {
+        if let Some(m) = self.next_message(&mut q) {
             return Work::Message(Box::new(m));
+        }
+        if let Some((after, upto)) = q.headers {
+            return Work::Headers(after, upto);
         }
         if let (Some(feed), Some((low, high, commit))) = (q.feed, q.sync)
             && feed.next > low
@@ -211,6 +268,11 @@ impl Line {
             match self.next_work(image.head_seq()) {
                 Work::Closed => return Ok(()),
                 Work::Message(m) => stream.send_control(Bytes::from(msg::encode(&*m))).await?,
+                Work::Headers(after, upto) => {
+                    let (message, last) = tokio::task::block_in_place(|| image.headers_after(after, upto));
+                    self.headers_sent(after, upto, last);
+                    stream.send_control(Bytes::from(msg::encode(&message))).await?;
+                }
                 Work::Feed(feed, serving) => {
                     self.unsent.store(0, Ordering::Release);
                     busy = true;
@@ -283,7 +345,7 @@ impl Line {
 
     fn between_updates(&self, seq: Seq, serving: bool) -> Option<ImageMsg> {
         self.note_sent(seq, serving);
-        self.queue.lock().messages.pop_front()
+        self.next_message(&mut self.queue.lock())
     }
 
     fn note_sent(&self, seq: Seq, serving: bool) {

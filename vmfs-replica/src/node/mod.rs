@@ -17,6 +17,7 @@ mod io;
 mod life;
 mod line;
 pub(crate) mod memory;
+mod quota;
 mod repair;
 mod ring;
 mod scrub;
@@ -39,7 +40,7 @@ use vmfs_net::Network;
 use vmfs_proto::{Contact, Env, Identity, Timing};
 use vmfs_store::{ImageStore, Store};
 
-pub(crate) use ask::{Ask, Told};
+pub(crate) use ask::{Ask, Told, decode_told, encode_told};
 pub use create::CreateError;
 pub use deleted::IN_USE;
 pub(crate) use image::Pending;
@@ -91,8 +92,12 @@ pub struct NodeInner {
     slow_disk_until: AtomicU64,
     /// Threads of callers that are inside a local sync.
     pub(crate) caller_syncs: AtomicUsize,
-    /// Refusals before any image was involved, by reason, and the like.
-    pub(crate) malformed_frames: AtomicU64,
+    /// Refusals that no image has counted, by reason.
+    refused: Mutex<BTreeMap<&'static str, u64>>,
+    /// Copies that were offered and have received nothing yet: by whom, and when.
+    introduced: Mutex<HashMap<ImageId, (HostId, Instant)>>,
+    /// Bytes of control messages that wait for each peer.
+    waiting_bytes: Mutex<HashMap<HostId, Arc<AtomicUsize>>>,
 }
 
 /// For how long a slow disk is remembered, in milliseconds.
@@ -239,9 +244,25 @@ impl NodeInner {
     pub fn met_store(&self, host: HostId) -> Option<StoreId> {
         self.known_store(host)
     }
-    /// Control messages that did not decode.
-    pub fn malformed_messages(&self) -> u64 {
-        self.malformed_frames.load(Ordering::Relaxed)
+    /// Refusals that no image has counted (messages that do not decode, offers and questions of hosts that
+    /// have no business with an image), by reason.
+    pub fn refusals(&self) -> BTreeMap<&'static str, u64> {
+        self.refused.lock().clone()
+    }
+    /// Counts one of them. Logged when it is the first, and when their number has doubled.
+    pub(crate) fn refused(&self, reason: &'static str, from: HostId, why: &dyn std::fmt::Display) {
+        let mut refused = self.refused.lock();
+        let count = refused.entry(reason).or_default();
+        *count += 1;
+        let news = count.is_power_of_two();
+        drop(refused);
+        if news {
+            tracing::warn!(peer = %from.short(), "{reason}: {why}");
+        }
+    }
+    /// The counter of what waits for `peer`, over all its lines.
+    pub(crate) fn waiting_bytes(&self, peer: HostId) -> Arc<AtomicUsize> {
+        Arc::clone(self.waiting_bytes.lock().entry(peer).or_default())
     }
     /// Becomes true when the daemon stops.
     pub fn stopping(&self) -> tokio::sync::watch::Receiver<bool> {

@@ -8,7 +8,7 @@ use vmfs_common::hash::block_digest;
 use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head, Seq};
 use vmfs_store::{BadPayload, MERKLE_ROOT_LEVEL, Rot, StoreError};
 
-use super::ask::{Ask, BLOCKS_MAX, Told};
+use super::ask::{Ask, BLOCK_INDEX_END, BLOCKS_MAX, Told};
 use super::image::Image;
 use super::io::IoError;
 
@@ -133,7 +133,9 @@ impl Image {
         let mut raw = Vec::new();
         let mut buf = vec![0u8; BLOCK_BYTES];
         for (index, digest) in wanted.iter().take(BLOCKS_MAX) {
-            let good = self.store.read(*index, &mut buf).is_ok() && block_digest(&buf) == *digest;
+            let good = index.0 < BLOCK_INDEX_END
+                && self.store.read(*index, &mut buf).is_ok()
+                && block_digest(&buf) == *digest;
             here.push(good);
             if good {
                 raw.extend_from_slice(&buf);

@@ -21,14 +21,18 @@ use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head, HostId, ImageId};
 use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_ROOT_LEVEL, View};
 
 use super::NodeInner;
-use super::ask::{Ask, BLOCKS_MAX, Told};
+use super::ask::{Ask, BLOCK_INDEX_END, BLOCKS_MAX, Told};
 use super::blocks::payload_matches;
 use super::image::Image;
 
 /// A view nobody has asked about for this long is given up.
 const SERVED_IDLE: Duration = Duration::from_secs(60);
-/// Views served at a time.
+/// Views served at a time, in all and to one host.
 const SERVED_MAX: usize = 64;
+const SERVED_TO_ONE_MAX: usize = 8;
+/// A host may have a new view of the same image made this often: each is a pass over the image, and two
+/// updates in its log.
+const REOPEN: Duration = Duration::from_secs(1);
 /// Requests for blocks under way at a time.
 const FETCHES_MAX: usize = 8;
 /// Attempts at one question before the sync is given up (it is started anew by the next offer).
@@ -61,18 +65,23 @@ struct Opened {
 
 /// Views that this host serves to members.
 #[derive(Default)]
-pub(crate) struct SyncServer(Mutex<HashMap<(HostId, u64), (Served, Instant)>>);
+pub(crate) struct SyncServer {
+    views: Mutex<HashMap<(HostId, u64), (Served, Instant)>>,
+    /// When a host last had a view of an image made.
+    opened: Mutex<HashMap<(HostId, ImageId), Instant>>,
+}
 
 impl SyncServer {
     /// Gives up views nobody asks about.
     pub(crate) fn expire(&self) {
-        self.0.lock().retain(|_, (_, used)| used.elapsed() < SERVED_IDLE);
+        self.views.lock().retain(|_, (_, used)| used.elapsed() < SERVED_IDLE);
+        self.opened.lock().retain(|_, at| at.elapsed() < REOPEN);
     }
     pub(crate) fn close(&self, from: HostId, token: u64) {
-        self.0.lock().remove(&(from, token));
+        self.views.lock().remove(&(from, token));
     }
     fn view(&self, from: HostId, token: u64) -> Option<View> {
-        let mut all = self.0.lock();
+        let mut all = self.views.lock();
         let (served, used) = all.get_mut(&(from, token))?;
         *used = Instant::now();
         match served {
@@ -81,9 +90,18 @@ impl SyncServer {
         }
     }
 
+    fn may_open(&self, from: HostId, image: ImageId) -> bool {
+        let mut opened = self.opened.lock();
+        if opened.get(&(from, image)).is_some_and(|at| at.elapsed() < REOPEN) {
+            return false;
+        }
+        opened.insert((from, image), Instant::now());
+        true
+    }
+
     /// Answers [`Ask::SyncOpen`]: starts the work at the first call, answers when it is done.
     pub(crate) fn open(self: &Arc<Self>, image: &Arc<Image>, from: HostId, token: u64) -> (Told, Vec<u8>) {
-        let mut all = self.0.lock();
+        let mut all = self.views.lock();
         if let Some((served, used)) = all.get_mut(&(from, token)) {
             *used = Instant::now();
             return match served {
@@ -91,7 +109,8 @@ impl SyncServer {
                 Served::Open(open) => opened(&open.view, &open.base, &open.root, &open.seal),
             };
         }
-        if all.len() >= SERVED_MAX {
+        let to_one = all.keys().filter(|(host, _)| *host == from).count();
+        if all.len() >= SERVED_MAX || to_one >= SERVED_TO_ONE_MAX || !self.may_open(from, image.id) {
             return (Told::NotYet, Vec::new());
         }
         all.insert((from, token), (Served::Opening, Instant::now()));
@@ -99,7 +118,7 @@ impl SyncServer {
         let (server, image) = (self.clone(), image.clone());
         tokio::task::spawn_blocking(move || match freeze(&image) {
             Ok((view, base, root, seal)) => {
-                let mut all = server.0.lock();
+                let mut all = server.views.lock();
                 if let Some(slot) = all.get_mut(&(from, token)) {
                     *slot = (Served::Open(Box::new(Opened { view, base, root, seal })), Instant::now());
                 }
@@ -115,7 +134,7 @@ impl SyncServer {
     /// Answers [`Ask::SyncNode`].
     pub(crate) fn node(&self, from: HostId, token: u64, level: u32, index: u64) -> (Told, Vec<u8>) {
         let Some(view) = self.view(from, token) else { return (Told::Gone, Vec::new()) };
-        if level == 0 || level > MERKLE_ROOT_LEVEL {
+        if level == 0 || level > MERKLE_ROOT_LEVEL || index >= BLOCK_INDEX_END {
             return (Told::Gone, Vec::new());
         }
         match view.merkle_children(level, index) {
@@ -127,7 +146,10 @@ impl SyncServer {
     /// Answers [`Ask::SyncBlocks`].
     pub(crate) fn blocks(&self, from: HostId, token: u64, blocks: &[BlockIndex]) -> (Told, Vec<u8>) {
         let Some(view) = self.view(from, token) else { return (Told::Gone, Vec::new()) };
-        match read_blocks(&view, &blocks[..blocks.len().min(BLOCKS_MAX)]) {
+        if blocks.len() > BLOCKS_MAX || blocks.iter().any(|b| b.0 >= BLOCK_INDEX_END) {
+            return (Told::Gone, Vec::new());
+        }
+        match read_blocks(&view, blocks) {
             Ok((digests, raw)) => (Told::Blocks { digests }, raw),
             Err(e) => {
                 tracing::warn!("a block for a member cannot be read: {e}");

@@ -234,6 +234,14 @@ async fn socket_in_use_is_left_alone_and_a_stale_one_is_replaced() {
     std::fs::write(&file, "precious").unwrap();
     assert!(matches!(ControlServer::bind(&file), Err(ServerError::NotASocket(_))));
     assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    let open = rig.dir.join("open");
+    std::fs::create_dir(&open).unwrap();
+    for (mode, refused) in [(0o777, true), (0o1777, false), (0o755, false)] {
+        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(mode)).unwrap();
+        let bound = ControlServer::bind(&open.join("sock"));
+        assert_eq!(matches!(bound, Err(ServerError::OpenDirectory(_))), refused, "{mode:o}");
+        assert_eq!(bound.is_err(), refused);
+    }
     let long = rig.dir.join("x".repeat(120));
     assert!(matches!(ControlServer::bind(&long), Err(ServerError::PathTooLong { .. })));
     rig.end().await;

@@ -429,7 +429,7 @@ pub struct InviteRequest {
 }
 
 /// An invitation. Whoever holds the token can join once under that name: treat it as a password.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InviteReport {
     /// Name the new host will have.
     pub name: String,
@@ -437,6 +437,12 @@ pub struct InviteReport {
     pub token: String,
     /// When it ends, milliseconds since 1970.
     pub expires_ms: u64,
+}
+
+impl fmt::Debug for InviteReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InviteReport").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 /// `POST /v1/host/remove`.

@@ -1,0 +1,3 @@
+#![no_main]
+
+fuzzing::libfuzzer_main!("control_messages");
