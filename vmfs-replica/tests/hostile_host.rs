@@ -6,6 +6,10 @@
 
 mod common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use bytes::Bytes;
 use common::*;
 use vmfs_common::chain::{Draft, EpochSecret, OwnerChain, Refusal, Tip};
@@ -13,9 +17,9 @@ use vmfs_common::election::{EpochStart, Mandate, Proposal, Vote};
 use vmfs_common::header::Update;
 use vmfs_common::identity::Signature;
 use vmfs_common::msg::{self, ImageMsg, Join, Occasion, VoteRefusal};
-use vmfs_common::op::Op;
+use vmfs_common::op::{Attrs, Op};
 use vmfs_common::policy::{MemberList, MemberRole};
-use vmfs_common::{Digest, Epoch, Head, ImageId, Seq};
+use vmfs_common::{Digest, Epoch, Head, ImageId, Seq, StoreId};
 
 fn control(m: &ImageMsg) -> Bytes {
     Bytes::from(msg::encode(m))
@@ -300,6 +304,61 @@ async fn the_content_of_an_image_is_for_its_members() {
             }
         }
     }
+}
+
+/// Acknowledgements of the engine's own image that are not what its members have said.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn false_acknowledgements_do_not_answer_a_flush() {
+    let mut world = world().await;
+    until("both others' stores are known", || {
+        [&world.owner, &world.stranger].iter().all(|h| world.node.met_store(h.identity.host()).is_some())
+    })
+    .await;
+    let image = world.node.create_image("own.img", &Attrs::default(), &[]).unwrap();
+    assert_eq!(image.state().members.len(), 3, "the engine and both others are members");
+    let flushed = Arc::new(AtomicBool::new(false));
+    let done = flushed.clone();
+    image.flush(Box::new(move |r| done.store(r.is_ok(), Ordering::Release)));
+    let head = image.state().head();
+    let mut liar = world.stranger.net.open_stream(world.stranger.replica, image.id).unwrap();
+    let join = |by: &ByHand| Join {
+        store: by.store,
+        head: Head::default(),
+        durable: Head::default(),
+        marks: vec![],
+        witness: false,
+    };
+    liar.send_control(control(&ImageMsg::Join(join(&world.stranger)))).await.unwrap();
+    let other = Digest::from_bytes([6; 32]);
+    let old = Epoch { number: 0, ..head.epoch };
+    for (head, store) in [
+        (head, world.owner.store),
+        (head, StoreId::from_bytes([0x55; 16])),
+        (Head { digest: other, ..head }, world.stranger.store),
+        (Head { seq: Seq(head.seq.0 + 1), ..head }, world.stranger.store),
+        (Head { seq: Seq(u64::MAX), ..head }, world.stranger.store),
+        (Head { epoch: old, ..head }, world.stranger.store),
+        (Head { epoch: Epoch { number: 2, ..head.epoch }, ..head }, world.stranger.store),
+    ] {
+        liar.send_control(control(&ImageMsg::Ack { head, store })).await.unwrap();
+    }
+    // Refusals of a ballot that never was, and votes nobody has asked for.
+    let promised = Epoch { number: u64::MAX, host: world.stranger.identity.host() };
+    let refused =
+        ImageMsg::Refused { why: Refusal::Promised, seq: head.seq, promised, join: join(&world.stranger) };
+    liar.send_control(control(&refused)).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!flushed.load(Ordering::Acquire), "a flush was answered by lies");
+    assert!(image.is_owner_here());
+    assert_eq!(image.status().epoch.number, 1, "the owner was driven out of its epoch");
+
+    // The honest member's own word is enough.
+    let mut honest = world.owner.net.open_stream(world.owner.replica, image.id).unwrap();
+    honest.send_control(control(&ImageMsg::Join(join(&world.owner)))).await.unwrap();
+    while !matches!(world.owner.heard().await, ImageMsg::Sync { .. }) {}
+    let head = image.state().head();
+    honest.send_control(control(&ImageMsg::Ack { head, store: world.owner.store })).await.unwrap();
+    until("the flush is answered", || flushed.load(Ordering::Acquire)).await;
 }
 
 /// Offers of images without end: each was a file and a record on the disk.
