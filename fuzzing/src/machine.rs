@@ -41,7 +41,7 @@ impl World {
         let now = Millis(1_000_000);
         let machine = with_env(&heads, now, |env| {
             let durable = state.head();
-            Machine::recover(env, identity, Timing::default(), kind, state, durable, None, &mut out)
+            Machine::recover(env, identity, Timing::default(), kind, state, Some(durable), None, &mut out)
         });
         let machine = machine.expect("no meta record is a good one");
         let mut world = Self { machine, heads, now };

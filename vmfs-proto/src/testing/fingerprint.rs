@@ -201,7 +201,7 @@ fn of_candidate(c: &Candidate, clock: &Clock, h: &mut impl Hasher) {
     (token, clock.class_of(*give_up_at), persistent, force, forcing, predecessor, proposal).hash(h);
     (votes, bad_sources, outbid_by, clock.class(*ask_again_at), (*asked).min(2)).hash(h);
     (quorum_seen, clock.class_of(*grace_until)).hash(h);
-    let mut shares = shares.clone();
+    let mut shares: Vec<_> = shares.iter().map(|(epoch, share)| (epoch, share.expose())).collect();
     shares.sort();
     shares.dedup();
     shares.hash(h);
