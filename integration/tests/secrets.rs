@@ -101,7 +101,7 @@ fn the_control_socket_answers_no_other_user() {
                       s.sendall(b'GET /v1/status HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n')\n\
                       sys.stdout.write(s.recv(64).decode())";
         let mut command = Command::new("setpriv");
-        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "python3", "-c", script]);
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", script]);
         command.arg(socket);
         try_run(command)
     };

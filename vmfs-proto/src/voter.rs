@@ -103,9 +103,9 @@ impl Machine {
         if !data && head.rank() <= self.state.head().rank() {
             return Err(VoteRefusal::OtherMembers);
         }
-        if !data && !last_owner && self.hears_owner(env, epoch) {
-            // A newer list, if there is one, comes from the owner. The candidate's word alone must not
-            // stop an image it may have nothing to do with.
+        if !data && epoch.host != from && self.hears_owner(env, epoch) {
+            // A newer list, if there is one, comes from the owner. The candidate's word alone, that it has
+            // owned a later epoch as well, must not stop an image it may have nothing to do with.
             return Err(VoteRefusal::OwnerAlive(epoch));
         }
         match occasion {

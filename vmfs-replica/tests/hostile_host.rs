@@ -233,7 +233,13 @@ async fn a_stranger_gets_no_promise_while_the_owner_lives() {
         seq: Seq(1 << 40),
         digest: Digest::from_bytes([9; 32]),
     };
-    let heads = [claimed, Head { epoch: Epoch { number: u64::MAX, ..claimed.epoch }, ..claimed }];
+    // One by the owner, one by nobody, and one by itself: it says that it was the last owner.
+    let its_own = Epoch { number: 9, host: world.stranger.identity.host() };
+    let heads = [
+        claimed,
+        Head { epoch: Epoch { number: u64::MAX, ..claimed.epoch }, ..claimed },
+        Head { epoch: its_own, ..claimed },
+    ];
     for head in heads {
         stream.send_control(control(&propose(&world.stranger, fed.id, 10, head))).await.unwrap();
         let why = vote_refused(&mut world.stranger).await;
@@ -310,8 +316,11 @@ async fn the_content_of_an_image_is_for_its_members() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn false_acknowledgements_do_not_answer_a_flush() {
     let mut world = world().await;
-    until("both others' stores are known", || {
-        [&world.owner, &world.stranger].iter().all(|h| world.node.met_store(h.identity.host()).is_some())
+    until("both others and their stores are known", || {
+        let known = world.node.network().hosts();
+        [&world.owner, &world.stranger].map(|h| h.identity.host()).iter().all(|host| {
+            known.iter().any(|h| h.host == *host) && world.node.met_store(*host).is_some()
+        })
     })
     .await;
     let image = world.node.create_image("own.img", &Attrs::default(), &[]).unwrap();
