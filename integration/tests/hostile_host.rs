@@ -260,7 +260,7 @@ impl Flood {
             n += 1;
             let beat = frame(0x03, &[n.to_le_bytes(), 0u64.to_le_bytes()].concat());
             let hosts = frame(0x04, br#"{"hosts":[],"removed":[]}"#);
-            let bytes = if n % 8 == 0 { hosts } else { beat };
+            let bytes = if n.is_multiple_of(8) { hosts } else { beat };
             if control.write_all(&bytes).await.is_err() {
                 return;
             }

@@ -318,9 +318,10 @@ async fn false_acknowledgements_do_not_answer_a_flush() {
     let mut world = world().await;
     until("both others and their stores are known", || {
         let known = world.node.network().hosts();
-        [&world.owner, &world.stranger].map(|h| h.identity.host()).iter().all(|host| {
-            known.iter().any(|h| h.host == *host) && world.node.met_store(*host).is_some()
-        })
+        [&world.owner, &world.stranger]
+            .map(|h| h.identity.host())
+            .iter()
+            .all(|host| known.iter().any(|h| h.host == *host) && world.node.met_store(*host).is_some())
     })
     .await;
     let image = world.node.create_image("own.img", &Attrs::default(), &[]).unwrap();
