@@ -156,7 +156,7 @@ fn no_log_says_a_secret() {
         for invite in std::fs::read_dir(invites).into_iter().flatten() {
             let text = std::fs::read_to_string(invite.unwrap().path()).unwrap();
             let secret = serde_json::from_str::<serde_json::Value>(&text).unwrap()["secret"].clone();
-            texts.push(secret.as_str().unwrap()[..24].as_bytes().to_vec());
+            texts.push(secret.as_str().unwrap().as_bytes()[..24].to_vec());
         }
     }
     texts.extend(secrets.iter().flat_map(|s| forms(s)));
