@@ -282,6 +282,7 @@ pub(crate) fn api_requests() -> Vec<Vec<u8>> {
         r#"{"image":"a","deep":true}"#,
         r#"{"image":"a","in_sync":true,"timeout_ms":1000}"#,
         r#"{"fork":"0011-1.aa-5-bb"}"#,
+        r#"{"fork":"0011-1.aa-5-bb","file":"/tmp/x","onto":true}"#,
         r#"{"image":"a","acks":"all","on_quorum_loss":"degrade"}"#,
         r#"{"name":"b","valid_ms":5}"#,
         r#"{"progress":{"stage":"x","done":1,"total":2,"unit":"bytes"}}"#,

@@ -172,6 +172,16 @@ pub(crate) enum ReplicaCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ForkCommand {
+    /// Write what it has changed to a file: a new sparse one, or a copy of the image from before it.
+    Export {
+        /// Its name, as `vmfs forks` shows it.
+        fork: String,
+        /// The file, on this host. It is made and must not exist, unless `--onto` is given.
+        file: PathBuf,
+        /// The file exists and is changed in place: a copy of the image (raw) as it was before the fork.
+        #[arg(long)]
+        onto: bool,
+    },
     /// Delete it for good.
     Drop {
         /// Its name, as `vmfs forks` shows it.
@@ -351,6 +361,8 @@ mod tests {
             "forks",
             "forks vm/a.img",
             "fork drop x",
+            "fork export x out.img",
+            "fork export x copy.img --onto",
             "datastore init --host a --address 192.0.2.1:4410",
             "host invite b --valid 10m",
             "host join TOKEN --address b.example:4410 --witness",

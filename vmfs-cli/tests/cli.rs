@@ -110,6 +110,7 @@ fn without_a_daemon_every_command_fails_and_names_the_socket() {
             &["replica", "remove", "a", "b"],
             &["forks"],
             &["fork", "drop", "x"],
+            &["fork", "export", "x", "out.img"],
             &["wait", "a", "--timeout", "0"],
             &["fail", "a"],
             &["policy", "show", "a"],

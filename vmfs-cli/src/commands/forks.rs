@@ -1,12 +1,12 @@
-//! `vmfs forks` and `vmfs fork drop`.
+//! `vmfs forks`, `vmfs fork export` and `vmfs fork drop`.
 
 use vmfs_common::config::ByteSize;
-use vmfs_replica::api::{ForkDropRequest, ForkInfo, ForkList};
+use vmfs_replica::api::{ForkDropRequest, ForkExportReport, ForkExportRequest, ForkInfo, ForkList};
 
 use super::Ask;
 use crate::args::ForkCommand;
 use crate::clock::utc;
-use crate::error::CliResult;
+use crate::error::{CliError, CliResult};
 use crate::table::Table;
 
 pub(super) async fn list(ask: &Ask, image: Option<&str>) -> CliResult {
@@ -19,11 +19,36 @@ pub(super) async fn list(ask: &Ask, image: Option<&str>) -> CliResult {
 }
 
 pub(super) async fn fork(ask: &Ask, command: ForkCommand) -> CliResult {
-    let ForkCommand::Drop { fork } = command;
-    let dropped: ForkInfo = ask.client.post("/v1/fork/drop", &ForkDropRequest { fork }).await?;
-    ask.output.show(&dropped, |f| {
-        format!("{}: dropped ({} of {})\n", f.fork, ByteSize::new(f.bytes).human(), f.image)
-    })
+    match command {
+        ForkCommand::Drop { fork } => {
+            let dropped: ForkInfo = ask.client.post("/v1/fork/drop", &ForkDropRequest { fork }).await?;
+            ask.output.show(&dropped, |f| {
+                format!("{}: dropped ({} of {})\n", f.fork, ByteSize::new(f.bytes).human(), f.image)
+            })
+        }
+        ForkCommand::Export { fork, file, onto } => {
+            let failed = |e| CliError::failed(format!("{}: {e}", file.display()));
+            let path = std::path::absolute(&file).map_err(failed)?;
+            let file =
+                path.to_str().ok_or_else(|| CliError::usage("the file's path is not UTF-8"))?.to_owned();
+            let request = ForkExportRequest { fork, file, onto };
+            let report: ForkExportReport = ask.long("/v1/fork/export", &request).await?;
+            ask.output.show(&report, exported)
+        }
+    }
+}
+
+fn exported(r: &ForkExportReport) -> String {
+    let human = |bytes| ByteSize::new(bytes).human();
+    format!(
+        "{}: {} updates of {} written to {} ({} of data, {} of zeros)\n",
+        r.fork,
+        r.updates,
+        r.image,
+        r.file,
+        human(r.written_bytes),
+        human(r.zeroed_bytes)
+    )
 }
 
 pub(super) fn forks_table(forks: &[ForkInfo]) -> String {

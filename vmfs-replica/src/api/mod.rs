@@ -20,12 +20,12 @@ pub use metrics::MetricsServer;
 pub use progress::{Progress, ProgressEvent, StreamLine, Unit};
 pub use server::{ControlServer, ServerError};
 pub use types::{
-    AbandonReport, AbandonRequest, Damage, FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport,
-    HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo, ImageRequest, ImageRole, ImageState,
-    ImageStatus, InviteReport, InviteRequest, Loss, MemberName, MemberState, MemberStatus, PeerStatus,
-    PolicyReport, PolicySetRequest, PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest,
-    ReplicaReport, ScrubReport, ScrubRequest, ScrubStatus, ScrubbedImage, StatusReport, Unopened, VerifyCopy,
-    VerifyReport, VerifyRequest, WaitReport, WaitRequest,
+    AbandonReport, AbandonRequest, Damage, FailReport, ForkDropRequest, ForkExportReport, ForkExportRequest,
+    ForkInfo, ForkList, HandoverReport, HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo,
+    ImageRequest, ImageRole, ImageState, ImageStatus, InviteReport, InviteRequest, Loss, MemberName,
+    MemberState, MemberStatus, PeerStatus, PolicyReport, PolicySetRequest, PromoteReport, PromoteRequest,
+    ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, ScrubReport, ScrubRequest, ScrubStatus,
+    ScrubbedImage, StatusReport, Unopened, VerifyCopy, VerifyReport, VerifyRequest, WaitReport, WaitRequest,
 };
 
 /// What [`Control`] answers with: a future that may borrow the daemon.
@@ -70,6 +70,8 @@ pub trait Control: Send + Sync + 'static {
     fn forks(&self, image: Option<String>) -> Answer<'_, ForkList>;
     /// Deletes a fork for good.
     fn fork_drop(&self, request: ForkDropRequest) -> Answer<'_, ForkInfo>;
+    /// Writes what a fork has changed to a file of this host; returns when that is durable.
+    fn fork_export(&self, request: ForkExportRequest, progress: Progress) -> Answer<'_, ForkExportReport>;
     /// The rules of an image that are in force now.
     fn policy(&self, image: String) -> Answer<'_, PolicyReport>;
     /// Changes rules of an image this host owns; returns when the change is in force.

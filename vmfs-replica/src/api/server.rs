@@ -26,9 +26,9 @@ use super::error::ApiError;
 use super::metrics::metrics;
 use super::progress::{Progress, StreamLine};
 use super::types::{
-    AbandonRequest, ForkDropRequest, HandoverRequest, HostRemoveRequest, ImageRequest, InviteRequest,
-    PolicySetRequest, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ScrubRequest, VerifyRequest,
-    WaitRequest,
+    AbandonRequest, ForkDropRequest, ForkExportRequest, HandoverRequest, HostRemoveRequest, ImageRequest,
+    InviteRequest, PolicySetRequest, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ScrubRequest,
+    VerifyRequest, WaitRequest,
 };
 use super::{Answer, Control};
 
@@ -213,6 +213,7 @@ fn router(control: Arc<dyn Control>) -> Router {
         .route("/v1/wait", post(wait))
         .route("/v1/forks", get(forks))
         .route("/v1/fork/drop", post(fork_drop))
+        .route("/v1/fork/export", post(fork_export))
         .route("/v1/policy", get(policy).post(policy_set))
         .route("/v1/fail", post(fail))
         .route("/v1/abandon", post(abandon))
@@ -305,6 +306,14 @@ async fn abandon(State(control): Shared, payload: Payload) -> Result<Response, A
 async fn fork_drop(State(control): Shared, payload: Payload) -> Result<Response, ApiError> {
     let request: ForkDropRequest = parse(payload)?;
     Ok(Json(control.fork_drop(request).await?).into_response())
+}
+
+async fn fork_export(State(control): Shared, payload: Payload) -> Result<Response, ApiError> {
+    let request: ForkExportRequest = parse(payload)?;
+    if !Path::new(&request.file).is_absolute() {
+        return Err(ApiError::usage(format!("{:?} is no absolute path", request.file)));
+    }
+    Ok(stream(control, OnDisconnect::Finish, |c, p| Box::pin(async move { c.fork_export(request, p).await })))
 }
 
 async fn host_invite(State(control): Shared, payload: Payload) -> Result<Response, ApiError> {

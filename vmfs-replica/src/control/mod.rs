@@ -1,5 +1,6 @@
 //! The control API's requests, answered by the engine.
 
+mod forks;
 mod metrics;
 mod scrub;
 mod status;
@@ -14,11 +15,12 @@ use vmfs_common::{HostId, op::PATH_MAX_BYTES};
 use vmfs_proto::{Input, OpError, OpOutcome};
 
 use crate::api::{
-    AbandonReport, AbandonRequest, Answer, ApiError, Control, FailReport, ForkDropRequest, ForkInfo,
-    ForkList, HandoverReport, HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo,
-    ImageRequest, InviteReport, InviteRequest, Loss, PolicyReport, PolicySetRequest, Progress, PromoteReport,
-    PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, ScrubReport, ScrubRequest,
-    StatusReport, Unit, VerifyReport, VerifyRequest, WaitReport, WaitRequest,
+    AbandonReport, AbandonRequest, Answer, ApiError, Control, FailReport, ForkDropRequest, ForkExportReport,
+    ForkExportRequest, ForkInfo, ForkList, HandoverReport, HandoverRequest, HostInfo, HostList,
+    HostRemoveRequest, ImageInfo, ImageRequest, InviteReport, InviteRequest, Loss, PolicyReport,
+    PolicySetRequest, Progress, PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest,
+    ReplicaReport, ScrubReport, ScrubRequest, StatusReport, Unit, VerifyReport, VerifyRequest, WaitReport,
+    WaitRequest,
 };
 use crate::node::{Ask, Image, Node, Pending, Told};
 
@@ -283,24 +285,6 @@ impl NodeControl {
         }
     }
 
-    fn fork_list(&self, images: &[Arc<Image>]) -> Vec<ForkInfo> {
-        let mut forks: Vec<_> = images.iter().flat_map(|i| i.fork_infos()).collect();
-        forks.sort_by(|a, b| (&a.image, a.first_seq, &a.fork).cmp(&(&b.image, b.first_seq, &b.fork)));
-        forks
-    }
-
-    fn fork_drop(&self, request: &ForkDropRequest) -> Result<ForkInfo, ApiError> {
-        for image in self.node.images() {
-            let Some(info) = image.fork_infos().into_iter().find(|f| f.fork == request.fork) else {
-                continue;
-            };
-            let name = image.fork_name(&request.fork).unwrap_or_default();
-            image.drop_fork(&name).map_err(ApiError::failed)?;
-            return Ok(info);
-        }
-        Err(ApiError::not_found(format!("no fork {:?} on this host", request.fork)))
-    }
-
     fn hosts(&self) -> HostList {
         let network = self.node.network();
         let me = network.local_host();
@@ -399,6 +383,9 @@ impl Control for NodeControl {
     }
     fn fork_drop(&self, request: ForkDropRequest) -> Answer<'_, ForkInfo> {
         Box::pin(async move { tokio::task::block_in_place(|| self.fork_drop(&request)) })
+    }
+    fn fork_export(&self, request: ForkExportRequest, progress: Progress) -> Answer<'_, ForkExportReport> {
+        Box::pin(self.fork_export(request, progress))
     }
     fn policy(&self, image: String) -> Answer<'_, PolicyReport> {
         Box::pin(async move {

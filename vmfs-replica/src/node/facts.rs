@@ -7,7 +7,7 @@ use vmfs_common::header::Update;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{BlockIndex, Digest, Head, HostId, Seq};
 use vmfs_proto::Status;
-use vmfs_store::{ForkInfo, MERKLE_ROOT_LEVEL, StoreError, VerifyReport};
+use vmfs_store::{ForkInfo, LogEntry, MERKLE_ROOT_LEVEL, StoreError, VerifyReport};
 
 use super::image::Image;
 
@@ -82,6 +82,17 @@ impl Image {
     /// The store's name of a fork that has this public name.
     pub(crate) fn fork_name(&self, public: &str) -> Option<String> {
         self.store.forks().into_iter().map(|f| f.name).find(|n| self.fork_public_name(n) == public)
+    }
+    /// Updates of the fork with this public name, from `first` on: up to about `bytes_max` of payload, at
+    /// least one unless there is none.
+    pub(crate) fn read_fork(
+        &self,
+        public: &str,
+        first: u64,
+        bytes_max: usize,
+    ) -> Result<Vec<LogEntry>, StoreError> {
+        let name = self.fork_name(public).ok_or_else(|| StoreError::NoFork(public.to_owned()))?;
+        self.store.read_fork(&name, Seq(first), bytes_max)
     }
     /// Deletes a fork for good.
     pub(crate) fn drop_fork(&self, name: &str) -> Result<(), StoreError> {

@@ -93,6 +93,10 @@ impl Control for Recorder {
     fn fork_drop(&self, _: ForkDropRequest) -> Answer<'_, ForkInfo> {
         refuse(ApiError::not_found("no such fork"))
     }
+    fn fork_export(&self, r: ForkExportRequest, _: Progress) -> Answer<'_, ForkExportReport> {
+        self.note(format!("export {} to {} ({})", r.fork, r.file, r.onto));
+        refuse(ApiError::not_found("no such fork"))
+    }
     fn policy(&self, image: String) -> Answer<'_, PolicyReport> {
         refuse(ApiError::not_found(image))
     }

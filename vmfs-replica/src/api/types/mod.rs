@@ -8,11 +8,11 @@ mod requests;
 mod status;
 
 pub use requests::{
-    AbandonReport, AbandonRequest, FailReport, ForkDropRequest, ForkInfo, ForkList, HandoverReport,
-    HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo, ImageRequest, InviteReport,
-    InviteRequest, Loss, MemberName, PolicyReport, PolicySetRequest, PromoteReport, PromoteRequest,
-    ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, ScrubReport, ScrubRequest, ScrubbedImage,
-    VerifyCopy, VerifyReport, VerifyRequest, WaitReport, WaitRequest,
+    AbandonReport, AbandonRequest, FailReport, ForkDropRequest, ForkExportReport, ForkExportRequest,
+    ForkInfo, ForkList, HandoverReport, HandoverRequest, HostInfo, HostList, HostRemoveRequest, ImageInfo,
+    ImageRequest, InviteReport, InviteRequest, Loss, MemberName, PolicyReport, PolicySetRequest,
+    PromoteReport, PromoteRequest, ReplicaAddRequest, ReplicaRemoveRequest, ReplicaReport, ScrubReport,
+    ScrubRequest, ScrubbedImage, VerifyCopy, VerifyReport, VerifyRequest, WaitReport, WaitRequest,
 };
 pub use status::{
     Damage, ImageRole, ImageState, ImageStatus, MemberState, MemberStatus, PeerStatus, ScrubStatus,

@@ -276,7 +276,7 @@ pub struct VerifyCopy {
 /// A divergent tail that was kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForkInfo {
-    /// Its name, unique on this host: what `vmfs fork drop` takes.
+    /// Its name, unique on this host: what `vmfs fork export` and `drop` take.
     pub fork: String,
     /// Path of its image.
     pub image: String,
@@ -309,6 +309,38 @@ pub struct ForkList {
 pub struct ForkDropRequest {
     /// As in [`ForkInfo::fork`].
     pub fork: String,
+}
+
+/// `POST /v1/fork/export`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForkExportRequest {
+    /// As in [`ForkInfo::fork`].
+    pub fork: String,
+    /// Absolute path of a file on this host. It is made, sparse and of the image's size, and must not exist.
+    pub file: String,
+    /// The file exists, and holds the image as it was before the fork: it is changed in place.
+    #[serde(default)]
+    pub onto: bool,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForkExportReport {
+    /// As in [`ForkInfo::fork`].
+    pub fork: String,
+    /// Path of its image.
+    pub image: String,
+    /// As asked.
+    pub file: String,
+    /// Updates of the fork, all of which were applied.
+    pub updates: u64,
+    /// Bytes of data written, counted each time.
+    pub written_bytes: u64,
+    /// Bytes set to zeros (holes), counted each time.
+    pub zeroed_bytes: u64,
+    /// Size of the file, bytes.
+    pub size_bytes: u64,
 }
 
 /// The rules of an image.
