@@ -109,6 +109,9 @@ pub struct StoreConfig {
     /// How often each image is scrubbed; 0 turns it off.
     #[serde(default = "default_scrub_interval")]
     pub scrub_interval: TimeSpan,
+    /// Bytes a second that compaction copies; 0 turns it off.
+    #[serde(default = "default_compact_rate")]
+    pub compact_rate: ByteSize,
 }
 
 /// `[mount]`
@@ -146,6 +149,7 @@ impl StoreConfig {
             undelete_window: default_undelete_window(),
             scrub_rate: default_scrub_rate(),
             scrub_interval: default_scrub_interval(),
+            compact_rate: default_compact_rate(),
         }
     }
 }
@@ -309,6 +313,9 @@ const fn default_scrub_rate() -> ByteSize {
 }
 const fn default_scrub_interval() -> TimeSpan {
     TimeSpan::from_secs(7 * 86_400)
+}
+const fn default_compact_rate() -> ByteSize {
+    ByteSize::mib(64)
 }
 
 impl Config {

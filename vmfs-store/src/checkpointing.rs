@@ -1,6 +1,6 @@
 //! Making checkpoints, and deciding which segments are still needed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
@@ -33,7 +33,7 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    fn seq(&self) -> Seq {
+    pub(crate) fn seq(&self) -> Seq {
         self.state.head().seq
     }
 }
@@ -58,6 +58,12 @@ pub(crate) struct Checkpoints {
     pub(crate) roots: Vec<Weak<Base>>,
     /// Segments given up, once nobody reads them.
     pub(crate) limbo: Vec<Arc<Segment>>,
+    /// Compaction has changed the map, and no checkpoint has that yet.
+    pub(crate) relocated: bool,
+    /// Segments of the image that compaction has emptied, as far as it can.
+    pub(crate) emptied: BTreeSet<u32>,
+    /// Grows when the map is replaced by another one.
+    pub(crate) lineage: u64,
 }
 
 impl Checkpoints {
@@ -72,6 +78,13 @@ impl Checkpoints {
                 if seq <= commit { 1 - newest } else { newest }
             }
         }
+    }
+    pub(crate) fn newest(&self) -> Option<&Slot> {
+        self.slots.iter().flatten().max_by_key(|s| s.number)
+    }
+    /// True when only the older checkpoint keeps a segment that compaction has emptied.
+    pub(crate) fn holds_emptied(&self) -> bool {
+        self.newest().is_some_and(|s| self.emptied.iter().any(|no| !s.base.live.contains_key(no)))
     }
     pub(crate) fn number(&self) -> u64 {
         self.slots.iter().flatten().map(|s| s.number).max().unwrap_or(0)
@@ -111,7 +124,7 @@ impl ImageStore {
 
     /// As [`ImageStore::checkpoint`]; with `force` also when no update is new.
     pub(crate) fn checkpoint_locked(&self, ck: &mut Checkpoints, force: bool) -> Result<(), StoreError> {
-        if !self.freeze(ck, force) {
+        if !self.freeze(ck, force || ck.relocated) {
             return Ok(());
         }
         let moment = ck.frozen.clone().expect("invariant: freeze has set it");
@@ -136,6 +149,7 @@ impl ImageStore {
         drop(segments);
         drop(moment);
         ck.frozen = None;
+        ck.relocated = false;
         {
             let mut map = self.map.write();
             map.content.base = merged;
@@ -155,8 +169,7 @@ impl ImageStore {
             return true;
         }
         let mut tail = self.tail.lock();
-        let newest = ck.slots.iter().flatten().max_by_key(|s| s.number);
-        if !force && newest.is_some_and(|s| s.state.head() == tail.head()) {
+        if !force && ck.newest().is_some_and(|s| s.state.head() == tail.head()) {
             return false;
         }
         let mut map = self.map.write();
@@ -335,6 +348,7 @@ impl ImageStore {
         if !done.dropped.is_empty() {
             let segments = Arc::make_mut(&mut map.content.segments);
             ck.limbo.extend(done.dropped.iter().filter_map(|no| segments.remove(no)));
+            ck.emptied.retain(|no| segments.contains_key(no));
         }
     }
 
@@ -377,9 +391,11 @@ impl ImageStore {
             || self.checkpoint_missing.load(Ordering::Acquire)
             || trim;
         let Some(mut ck) = self.checkpoints.try_lock() else { return Ok(false) };
+        let compacted = self.compaction_waits(&ck);
+        let due = due || compacted;
         if due {
             let missing = self.checkpoint_missing.load(Ordering::Acquire);
-            self.checkpoint_locked(&mut ck, trim || missing)?;
+            self.checkpoint_locked(&mut ck, trim || missing || compacted)?;
             if missing {
                 self.checkpoints_whole(&ck);
             }

@@ -174,6 +174,9 @@ impl ImageStore {
         tail.end = None;
         tail.bytes_since_checkpoint = 0;
         ck.frozen = None;
+        ck.relocated = false;
+        ck.emptied.clear();
+        ck.lineage += 1;
         let mut map = self.map.write();
         map.allocated = base.allocated;
         map.content.overlay = Overlay::default();

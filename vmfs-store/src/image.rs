@@ -10,6 +10,7 @@ use vmfs_common::state::ImageState;
 use vmfs_common::{BLOCK_BYTES, BlockCount, BlockIndex, Head, ImageId, Seq};
 
 use crate::checkpointing::Checkpoints;
+use crate::compact::Compaction;
 use crate::error::StoreError;
 use crate::fork::ForkInfo;
 use crate::log::{Tail, walk};
@@ -67,7 +68,7 @@ pub(crate) struct SyncState {
 
 /// One image's copy in this store.
 ///
-/// Locks are taken in the order `checkpoints`, `tail`, `map`; `syncing` is held for moments only,
+/// Locks are taken in the order `compaction`, `checkpoints`, `tail`, `map`; `syncing` is held for moments only,
 /// and its `running` flag from before `tail` is taken.
 pub struct ImageStore {
     pub(crate) shared: Arc<Shared>,
@@ -84,6 +85,8 @@ pub struct ImageStore {
     pub(crate) commit: AtomicU64,
     pub(crate) retain: AtomicU64,
     pub(crate) importing: AtomicBool,
+    pub(crate) compaction: Mutex<Compaction>,
+    pub(crate) compacted_bytes: AtomicU64,
     /// Head seq at the last background round, and rounds since it changed.
     pub(crate) seen_seq: AtomicU64,
     pub(crate) rest_rounds: AtomicU32,
@@ -124,6 +127,8 @@ impl ImageStore {
             commit: AtomicU64::new(commit.0),
             retain: AtomicU64::new(0),
             importing: AtomicBool::new(false),
+            compaction: Mutex::default(),
+            compacted_bytes: AtomicU64::new(0),
             seen_seq: AtomicU64::new(0),
             rest_rounds: AtomicU32::new(0),
             checkpoint_missing: AtomicBool::new(false),

@@ -11,15 +11,16 @@ use vmfs_common::state::ImageState;
 use vmfs_common::{BLOCK_BYTES, BlockCount, BlockIndex, Digest, Head};
 
 use crate::checkpointing::Commit;
-use crate::error::{IoContext as _, StoreError};
+use crate::error::StoreError;
 use crate::fork::ForkInfo;
 use crate::image::{ImageStore, Space};
 use crate::map::tree::Base;
 use crate::map::{BLOCKS_MAX, Content, Entry};
 use crate::pool::Pool;
-use crate::segment::{Class, Kind, SegmentHeader, file_name};
+use crate::segment::Class;
+use crate::shadow::{self, BlocksRecord, Origin};
 use crate::view::{digests, merkle, merkle_children};
-use crate::writer::{RECORD_BLOCKS_MAX, RecordKind, SegmentWriter, pages_needed, record_bytes};
+use crate::writer::{RECORD_BLOCKS_MAX, SegmentWriter};
 
 /// Map changes held in memory before they are written out.
 const OVERLAY_BYTES_MAX: usize = 8 << 20;
@@ -111,20 +112,17 @@ impl Import {
         digests: &[Digest],
         payload: &[u8],
     ) -> Result<(), StoreError> {
-        let crcs: Vec<u32> = payload.chunks_exact(BLOCK_BYTES).map(crc32c::crc32c).collect();
-        let stored = || (start..).zip(digests).filter(|(_, d)| !d.is_zero());
-        let mut body: Vec<u8> = stored().flat_map(|(i, _)| i.to_le_bytes()).collect();
-        body.extend(stored().flat_map(|(_, d)| *d.as_bytes()));
-        let pages = pages_needed(record_bytes(body.len(), crcs.len()), crcs.len())?;
+        let stored = (start..).zip(digests.iter().copied()).filter(|(_, d)| !d.is_zero());
+        let record = BlocksRecord::new(stored, payload);
         let mut entries = vec![Entry::ZERO; digests.len()];
-        if !crcs.is_empty() {
-            self.make_room(inner, pages)?;
+        if !record.crcs.is_empty() {
+            self.make_room(inner, record.pages()?)?;
             inner.records += 1;
             let number = inner.records;
             let writer = inner.writer.as_mut().expect("invariant: make_room begins a segment");
-            let first = writer.append(RecordKind::Blocks, number, 0, payload, &crcs, &body)?;
+            let first = record.append(writer, number, payload)?;
             let no = writer.seg.no;
-            let mut pages = (first..).zip(&crcs);
+            let mut pages = (first..).zip(&record.crcs);
             for (entry, _) in entries.iter_mut().zip(digests).filter(|(_, d)| !d.is_zero()) {
                 let (page, crc) = pages.next().expect("invariant: a page for every stored block");
                 *entry = Entry::data(no, page, *crc);
@@ -149,18 +147,8 @@ impl Import {
         let mut spare = shared.pool.take(shared, pages, class, Space::Data)?;
         let end = spare.virtual_end() + pages;
         Pool::ensure_allocated(shared, &*spare.file, spare.class, &mut spare.alloc_pages, end, Space::Data)?;
-        let header = SegmentHeader {
-            kind: Kind::Shadow,
-            class: spare.class,
-            store: shared.store,
-            image: self.image.id,
-            generation: shared.generations.next(),
-            ordinal: 0,
-            prev_generation: 0,
-            link: Head::default(),
-        };
         inner.own.insert(spare.no, spare.class);
-        let writer = SegmentWriter::begin(spare, &header)?;
+        let writer = shadow::begin(shared, self.image.id, spare, Origin::Import)?;
         let seg = Arc::clone(&writer.seg);
         Arc::make_mut(&mut inner.content.segments).insert(seg.no, seg);
         inner.writer = Some(writer);
@@ -169,19 +157,10 @@ impl Import {
 
     /// Makes the segment being written complete and durable.
     fn close_segment(&self, inner: &mut Inner) -> Result<(), StoreError> {
-        let Some(mut w) = inner.writer.take() else { return Ok(()) };
-        let shared = &self.image.shared;
-        w.close();
-        // Twice: the second round writes the other copy of the last header pages.
-        for _ in 0..2 {
-            if w.prepare_sync(0)? {
-                w.file.sync().during(|| format!("syncing {}", file_name(w.seg.no)))?;
-            }
-            w.finish_sync();
+        match inner.writer.take() {
+            Some(w) => shadow::close(&self.image.shared, w),
+            None => Ok(()),
         }
-        shared.pool.names.sync(shared, w.name_no)?;
-        w.retire(shared);
-        Ok(())
     }
 
     /// Writes map changes out when they take more than `bytes_max`.

@@ -8,6 +8,7 @@
 mod append;
 mod checkpoint;
 mod checkpointing;
+mod compact;
 mod config;
 pub mod disk;
 mod error;
@@ -29,6 +30,7 @@ mod recover;
 mod rot;
 mod scrub;
 mod segment;
+mod shadow;
 mod shared;
 pub mod simdisk;
 mod store;
@@ -36,6 +38,7 @@ mod verify;
 mod view;
 mod writer;
 
+pub use compact::SpaceUse;
 pub use config::StoreConfig;
 pub use error::StoreError;
 pub use fork::ForkInfo;

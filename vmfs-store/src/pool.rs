@@ -139,6 +139,34 @@ impl Pool {
                 },
             }
         };
+        self.open(shared, no, class, prepared).map(Some)
+    }
+
+    /// As [`Pool::take`], and leaves the prewritten ones to those who wait for syncs, if it can.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`], or the disk's.
+    pub(crate) fn take_unprepared(
+        &self,
+        shared: &Shared,
+        pages: u32,
+        space: Space,
+    ) -> Result<Spare, StoreError> {
+        let class = Class::fitting(pages).ok_or(StoreError::Full)?;
+        let raw = self.inner.lock().raw[class.index()].pop();
+        if let Some(no) = raw {
+            return self.open(shared, no, class, false);
+        }
+        match self.create(shared, class, space) {
+            Err(StoreError::Full) => {
+                let no = self.inner.lock().prepared[class.index()].pop().ok_or(StoreError::Full)?;
+                self.open(shared, no, class, true)
+            }
+            other => other,
+        }
+    }
+
+    fn open(&self, shared: &Shared, no: u32, class: Class, prepared: bool) -> Result<Spare, StoreError> {
         let file = shared.files.segment(no)?;
         // Whatever is within a file's length was allocated or written before.
         let len = file.len_bytes().during(|| format!("opening {}", file_name(no)))?;
@@ -146,7 +174,7 @@ impl Pool {
         // Its name may have been created before a crash and never synced.
         let name_no = self.names.create();
         let reserved = Arc::default();
-        Ok(Some(Spare { no, class, file, prepared, alloc_pages, name_no, reserved }))
+        Ok(Spare { no, class, file, prepared, alloc_pages, name_no, reserved })
     }
 
     fn create(&self, shared: &Shared, class: Class, space: Space) -> Result<Spare, StoreError> {

@@ -4,6 +4,10 @@
 //! were written, up to some checkpoint. Which one does not matter: the reference to the page has its
 //! checksum, and a page is taken only when it has exactly that. So a record that is no longer there (its
 //! segment was given back) makes a page impossible to rebuild, never wrong.
+//!
+//! Blocks that compaction has moved changed their places at some moment while the log went on. What was
+//! appended to the log's segment of that moment, and later, is newer than they are; what is in the segments
+//! before it is older. So they count as what comes just before that segment.
 
 use std::sync::Arc;
 
@@ -14,11 +18,14 @@ use crate::map::tree::{Base, ENTRIES, PageAt, bytes_of, page_name, put_back, rea
 use crate::map::{Content, Entry, Segments};
 use crate::records::{Next, Record, Records};
 use crate::segment::{Kind, SegmentHeader};
+use crate::shadow::Origin;
 use crate::shared::Shared;
 use crate::writer::{RECORD_BLOCKS_MAX, RecordKind};
 
 /// Damaged pages met by one operation before it is given up.
 const HEALS_MAX: usize = 64;
+/// The newest segments of moved blocks may hold what came after the checkpoint whose page it is: so many.
+const MOVES_AHEAD_MAX: usize = 3;
 
 /// What one record did to the blocks of the page.
 struct Event {
@@ -97,12 +104,13 @@ fn rebuild_leaf(
     at: PageAt,
 ) -> Result<Option<[u8; ENTRIES * 8]>, StoreError> {
     // A roll-back cuts updates off; a block-level sync makes what was cut off count again.
-    for cut in [true, false] {
-        let events = events(shared, segments, at.start, cut)?;
+    for (cut, ahead) in [true, false].into_iter().flat_map(|c| (0..=MOVES_AHEAD_MAX).map(move |n| (c, n))) {
+        let Some(events) = events(shared, segments, at.start, cut, ahead)? else { continue };
         for blank in [Entry::ABSENT, Entry::ZERO] {
             let mut words = [blank.0; ENTRIES];
             for event in &events {
-                for (word, entry) in words[event.at..].iter_mut().zip(&event.entries) {
+                let words_changed = words[event.at..].iter_mut().zip(&event.entries);
+                for (word, entry) in words_changed.filter(|(_, e)| **e != Entry::UNSET) {
                     *word = entry.0;
                 }
                 let bytes = bytes_of(&words);
@@ -116,15 +124,35 @@ fn rebuild_leaf(
 }
 
 /// What the records of all segments did to the 512 blocks from `start`, oldest first. With `cut`,
-/// without the updates that the beginning of a later segment cut off.
-fn events(shared: &Shared, segments: &Segments, start: u64, cut: bool) -> Result<Vec<Event>, StoreError> {
-    let mut by_age: Vec<_> = segments.values().collect();
-    by_age.sort_by_key(|s| s.generation);
-    let mut events: Vec<Event> = Vec::new();
-    for seg in by_age {
+/// without the updates that the beginning of a later segment cut off. Without the `ahead` newest segments of
+/// moved blocks; `None` when there are not so many.
+fn events(
+    shared: &Shared,
+    segments: &Segments,
+    start: u64,
+    cut: bool,
+    ahead: usize,
+) -> Result<Option<Vec<Event>>, StoreError> {
+    let mut by_age = Vec::new();
+    for seg in segments.values() {
         let header = SegmentHeader::read(seg.no, &*seg.file(&shared.files)?)?;
-        let log =
-            header.filter(|h| h.generation == seg.generation && (h.kind == Kind::Log || h.link.seq.0 > 0));
+        let header = header.filter(|h| h.generation == seg.generation);
+        let origin = header.as_ref().map_or(Origin::Import, Origin::of);
+        let age = match origin {
+            Origin::Moved { before } if before > 0 => (before, false, seg.generation),
+            _ => (seg.generation, true, seg.generation),
+        };
+        by_age.push((age, seg, header, origin));
+    }
+    by_age.sort_by_key(|(age, ..)| *age);
+    for _ in 0..ahead {
+        let moves = by_age.iter().enumerate().filter(|(_, (.., origin))| *origin != Origin::Import);
+        let Some((newest, _)) = moves.max_by_key(|(_, (_, seg, ..))| seg.generation) else { return Ok(None) };
+        by_age.remove(newest);
+    }
+    let mut events: Vec<Event> = Vec::new();
+    for (_, seg, header, origin) in by_age {
+        let log = header.filter(|h| h.kind == Kind::Log || h.link.seq.0 > 0);
         if let Some(h) = log.filter(|_| cut) {
             events.retain(|e| e.seq <= h.link.seq.0);
         }
@@ -132,12 +160,13 @@ fn events(shared: &Shared, segments: &Segments, start: u64, cut: bool) -> Result
         while let Next::Record(record) = records.next()? {
             let event = match record.kind {
                 RecordKind::Update => update_event(&record, seg.no, start)?,
-                RecordKind::Blocks => blocks_event(&record, seg.no, start),
+                RecordKind::Blocks if origin == Origin::Import => blocks_event(&record, seg.no, start),
+                RecordKind::Blocks => moved_event(&record, seg.no, start),
             };
             events.extend(event);
         }
     }
-    Ok(events)
+    Ok(Some(events))
 }
 
 fn update_event(record: &Record, no: u32, start: u64) -> Result<Option<Event>, StoreError> {
@@ -180,6 +209,21 @@ fn blocks_event(record: &Record, no: u32, start: u64) -> Option<Event> {
     }
     let entries = entries[index(from - first)..index(to - first)].to_vec();
     Some(Event { seq: 0, at: index(from - start), entries })
+}
+
+/// Moved blocks of one record may be from anywhere; nothing is known of those between them.
+fn moved_event(record: &Record, no: u32, start: u64) -> Option<Event> {
+    let mut entries = vec![Entry::UNSET; ENTRIES];
+    let mut any = false;
+    for (page, (block, crc)) in (record.payload_page..).zip(record.block_indices().iter().zip(&record.crcs)) {
+        let Some(entry) = block.checked_sub(start).and_then(|at| entries.get_mut(usize::try_from(at).ok()?))
+        else {
+            continue;
+        };
+        *entry = Entry::data(no, page, *crc);
+        any = true;
+    }
+    any.then_some(Event { seq: 0, at: 0, entries })
 }
 
 fn index(n: u64) -> usize {

@@ -12,6 +12,7 @@ use zeroize::Zeroizing;
 
 use crate::append::mark_name;
 use crate::checkpointing::{Checkpoints, Commit};
+use crate::compact::Job;
 use crate::config::StoreConfig;
 use crate::disk::Disk;
 use crate::error::{IoContext as _, StoreError};
@@ -42,6 +43,8 @@ pub struct Store {
     damaged: Mutex<Vec<(ImageId, String)>>,
     /// Segments of removed images, once nobody reads them.
     limbo: Mutex<Vec<Arc<Segment>>>,
+    /// Calls of [`Store::compact`], which begins with another image each time.
+    turns: AtomicUsize,
 }
 
 impl std::fmt::Debug for Store {
@@ -117,6 +120,7 @@ impl Store {
             changing: Mutex::default(),
             damaged: Mutex::new(opened.damaged),
             limbo: Mutex::default(),
+            turns: AtomicUsize::new(0),
         }))
     }
     /// The store's identity.
@@ -291,6 +295,31 @@ impl Store {
         let more = self.shared.pool.background(&self.shared, budget_bytes)?;
         first_error.map_or(Ok(more), Err)
     }
+    /// Copies what is left of sparse segments together, about `budget_bytes` of it, so that they can be given
+    /// back: [`Store::background`] does that, with the next checkpoints. To be called from the same thread as
+    /// it. Returns how much of the budget was used; 0 when there is nothing to do now.
+    ///
+    /// # Errors
+    /// The disk's. No image is changed by what failed.
+    pub fn compact(&self, budget_bytes: u64) -> Result<u64, StoreError> {
+        let mut images: Vec<_> = self.images.read().values().map(Arc::clone).collect();
+        let turn = self.turns.fetch_add(1, Ordering::AcqRel) % images.len().max(1);
+        images.rotate_left(turn);
+        let (mut used, mut first_error) = (0, None);
+        for image in images {
+            if used >= budget_bytes {
+                break;
+            }
+            match image.compact(budget_bytes - used) {
+                Ok(n) => used += n,
+                Err(e) => {
+                    tracing::warn!(image = %image.id(), error = %e, "compaction failed");
+                    first_error.get_or_insert(e);
+                }
+            }
+        }
+        first_error.map_or(Ok(used), Err)
+    }
 }
 
 impl ImageStore {
@@ -311,7 +340,9 @@ impl ImageStore {
     /// Stops the image for good and gives up its segments.
     fn retire(&self) -> Segments {
         let _ = self.latch.set("it was removed".into());
+        let job = self.compaction.lock().job.take();
         let mut ck = self.checkpoints.lock();
+        ck.limbo.extend(job.map(Job::into_target));
         let excluded = self.exclude_syncs();
         let mut tail = self.tail.lock();
         self.forks.lock().clear();

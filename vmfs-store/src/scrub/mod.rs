@@ -412,9 +412,9 @@ fn check_record(
 }
 
 /// An update's number, if it is one, and index and digest of every payload block.
-type Described = (Option<Seq>, Vec<(u64, Digest)>);
+pub(crate) type Described = (Option<Seq>, Vec<(u64, Digest)>);
 
-fn described(record: &Record) -> Result<Described, StoreError> {
+pub(crate) fn described(record: &Record) -> Result<Described, StoreError> {
     if record.kind == RecordKind::Blocks {
         let indices = record.block_indices();
         let digests = (0..indices.len()).map(|i| record.digest_of(i).unwrap_or_default());
