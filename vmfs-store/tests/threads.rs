@@ -47,7 +47,7 @@ fn feed_once(image: &ImageStore, next: &mut Seq) {
 }
 
 #[test]
-fn readers_feeder_flushers_and_checkpoints_run_beside_appends() {
+fn readers_feeder_flushers_checkpoints_and_compaction_run_beside_appends() {
     let dir = tempfile::tempdir().unwrap();
     let disk = Arc::new(FileDisk::open(dir.path()).unwrap());
     let cfg = StoreConfig { retain_log_bytes_max: 1 << 20, segment_bytes_max: 1 << 20, ..small() };
@@ -65,6 +65,12 @@ fn readers_feeder_flushers_and_checkpoints_run_beside_appends() {
                 let data: Vec<u8> = (start..start + 3).flat_map(|i| block(i, n)).collect();
                 let (u, payload) = maker.write(start, &data, Seq(flushed.load(Ordering::Acquire)));
                 append(&image, &u, &payload).unwrap();
+                if n % 8 == 0 {
+                    // Written once: what makes segments sparse.
+                    let (u, payload) =
+                        maker.write(1000 + n, &block(1000 + n, n), Seq(flushed.load(Ordering::Acquire)));
+                    append(&image, &u, &payload).unwrap();
+                }
             }
             done.store(true, Ordering::Release);
         });
@@ -80,7 +86,10 @@ fn readers_feeder_flushers_and_checkpoints_run_beside_appends() {
         }
         s.spawn(|| {
             while !stop() {
+                image.set_commit(Seq(flushed.load(Ordering::Acquire)));
+                image.retain_from(Seq(flushed.load(Ordering::Acquire)));
                 store.background(1 << 20).unwrap();
+                store.compact(1 << 20).unwrap();
                 store.put_meta(IMAGE, b"x").unwrap();
             }
         });
@@ -100,13 +109,28 @@ fn readers_feeder_flushers_and_checkpoints_run_beside_appends() {
         });
     });
     image.sync().unwrap();
+    image.set_commit(image.head().seq);
+    image.retain_from(image.head().seq);
+    for _ in 0..200 {
+        store.background(1 << 20).unwrap();
+        store.compact(1 << 20).unwrap();
+    }
+    let space = image.space_use();
+    println!("{space:?}");
+    assert!(space.compacted_bytes > 0 && space.segment_bytes < 2 * space.live_bytes + (8 << 20), "{space:?}");
     let report = image.verify(&mut |_, _| {}).unwrap();
     assert!(report.bad_blocks.is_empty() && report.bad_updates.is_empty());
     let head = image.head();
     drop((image, store));
     let disk = Arc::new(FileDisk::open(dir.path()).unwrap());
     let store = Store::open(disk, DATASTORE, HOST, cfg).unwrap();
-    assert_eq!(store.image(IMAGE).unwrap().head(), head);
+    let image = store.image(IMAGE).unwrap();
+    assert_eq!(image.head(), head);
+    let mut buf = vec![0u8; 4096];
+    for n in (8..=UPDATES).step_by(8) {
+        image.read(BlockIndex(1000 + n), &mut buf).unwrap();
+        assert!(buf == block(1000 + n, n), "block {}", 1000 + n);
+    }
 }
 
 #[test]
