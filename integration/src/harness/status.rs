@@ -24,6 +24,12 @@ pub struct ImageStatus {
     pub id: String,
     /// Size in bytes.
     pub size: u64,
+    /// Bytes of blocks that hold data.
+    #[serde(default)]
+    pub stored_bytes: u64,
+    /// Bytes of its segments.
+    #[serde(default)]
+    pub segment_bytes: u64,
     /// `owner`, `replica` or `witness`.
     pub role: String,
     /// Name of the owner.

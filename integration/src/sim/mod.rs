@@ -68,6 +68,8 @@ pub struct Tally {
     pub lies: u64,
     /// Runs that ended in histories that cannot be brought together, by a lie or a bad disk, and said so.
     pub evident: u64,
+    /// Bytes that compaction moved.
+    pub compacted: u64,
     /// Blocks read and compared.
     pub blocks_checked: u64,
     /// Milliseconds of virtual time.
@@ -91,6 +93,7 @@ impl Tally {
         self.repaired += other.repaired;
         self.lies += other.lies;
         self.evident += other.evident;
+        self.compacted += other.compacted;
         self.blocks_checked += other.blocks_checked;
         self.virtual_ms += other.virtual_ms;
         self.fingerprint ^= other.fingerprint;

@@ -291,9 +291,13 @@ impl World {
         let life = self.life(at);
         let pause = self.rng.between(100_000, 400_000);
         self.after(pause, Event::Background { at, life });
-        if let Some(running) = &self.hosts[at].running
-            && let Err(e) = running.store.background(1 << 20)
-        {
+        let budget = self.rng.between(1, 512 << 10);
+        let Some(running) = &self.hosts[at].running else { return };
+        let moved = |r: &Running| r.copy.as_ref().map_or(0, |c| c.store.space_use().compacted_bytes);
+        let before = moved(running);
+        let done = running.store.background(1 << 20).and_then(|_| running.store.compact(budget));
+        self.counts.compacted += moved(running).saturating_sub(before);
+        if let Err(e) = done {
             self.note(|| format!("{at} background: {e}"));
             if !self.hosts[at].is_excused() && self.hosts[at].stop_call.is_none() {
                 self.fail(format!("background work of host {at} failed on a healthy disk: {e}"));

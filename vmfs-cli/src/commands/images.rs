@@ -41,6 +41,7 @@ fn render_info(info: &ImageInfo) -> String {
         ("id", s.id.to_string()),
         ("size", format!("{} ({} bytes)", ByteSize::new(s.size).human(), s.size)),
         ("stored here", ByteSize::new(s.stored_bytes).human()),
+        ("segments here", ByteSize::new(s.segment_bytes).human()),
         ("state", state),
         ("role here", s.role.to_string()),
         ("owner", s.owner.clone().unwrap_or_else(|| "unknown".to_owned())),

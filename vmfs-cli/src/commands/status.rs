@@ -203,6 +203,8 @@ pub(crate) mod tests {
             id: ImageId::from_bytes([1; 16]),
             size: 10 << 30,
             stored_bytes: 3 << 20,
+            segment_bytes: 5 << 20,
+            compacted_bytes: 0,
             role: ImageRole::Owner,
             owner: Some("a".into()),
             epoch: 3,

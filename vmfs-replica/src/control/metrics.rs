@@ -26,6 +26,10 @@ impl NodeControl {
         };
         family("image_size_bytes", "gauge", "Size of the image.", each(&|i| i.size));
         family("image_stored_bytes", "gauge", "Bytes of blocks that hold data.", each(&|i| i.stored_bytes));
+        let segments = "Bytes of segments: data, log, and what is superseded and not yet given back.";
+        family("image_segment_bytes", "gauge", segments, each(&|i| i.segment_bytes));
+        let compacted = "Bytes moved by compaction.";
+        family("image_compacted_bytes_total", "counter", compacted, each(&|i| i.compacted_bytes));
         family("image_seq", "counter", "Last update of this copy.", each(&|i| i.seq));
         family(
             "image_flushed_seq",

@@ -90,11 +90,14 @@ impl NodeControl {
         let status = image.status();
         let of = image.state();
         let damage = damage(image.rot());
+        let space = image.space_use();
         ImageStatus {
             path: of.path.clone().unwrap_or_else(|| format!("({})", image.id.short())),
             id: image.id,
             size: of.size_bytes,
-            stored_bytes: image.stored_bytes(),
+            stored_bytes: space.live_bytes,
+            segment_bytes: space.segment_bytes,
+            compacted_bytes: space.compacted_bytes,
             role: role(status.role),
             owner: status.owner.map(|h| self.node.host_name(h)),
             epoch: status.epoch.number,

@@ -7,7 +7,7 @@ use vmfs_common::header::Update;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{BlockIndex, Digest, Head, HostId, Seq};
 use vmfs_proto::Status;
-use vmfs_store::{ForkInfo, LogEntry, MERKLE_ROOT_LEVEL, StoreError, VerifyReport};
+use vmfs_store::{ForkInfo, LogEntry, MERKLE_ROOT_LEVEL, SpaceUse, StoreError, VerifyReport};
 
 use super::image::Image;
 
@@ -30,6 +30,10 @@ impl Image {
     /// Bytes of blocks that hold data.
     pub fn stored_bytes(&self) -> u64 {
         self.store.allocated_blocks().bytes()
+    }
+    /// How much of the disk it takes.
+    pub fn space_use(&self) -> SpaceUse {
+        self.store.space_use()
     }
     /// Why the store has stopped the image, when it has.
     pub fn latched(&self) -> Option<String> {

@@ -11,6 +11,7 @@ use vmfs_common::policy::{Member, MemberRole};
 use vmfs_common::{HostId, ImageId, Millis, Seq, StoreId};
 use vmfs_net::NetEvent;
 use vmfs_proto::{Input, OpError};
+use vmfs_store::StoreError;
 
 use super::NodeInner;
 use super::image::{Image, Pending};
@@ -139,6 +140,7 @@ impl NodeInner {
         let (mut appended, mut busy) = (0, false);
         let (mut failed_at, mut told_at): (Option<Millis>, Option<Millis>) = (None, None);
         let mut give_back = GiveBack::default();
+        let mut pace = Pace::new(self.config.store.compact_rate.bytes(), self.now());
         while !*stopping.borrow() {
             // Prewriting segments competes with the writes it is to speed up: it waits for a calm moment.
             if self.now().since(last_look) >= LOOK_MS {
@@ -152,7 +154,7 @@ impl NodeInner {
             let budget = if busy { 0 } else { BACKGROUND_BYTES };
             let resting = failed_at.is_some_and(|t| self.now().since(t) < FAILED_PAUSE_MS);
             let more = !resting
-                && self.store.background(budget).unwrap_or_else(|e| {
+                && self.look_after_store(budget, &mut pace).unwrap_or_else(|e| {
                     failed_at = Some(self.now());
                     // A disk that has died fails each time: said now and then.
                     if told_at.is_none_or(|t| self.now().since(t) > FAILED_TOLD_MS) {
@@ -168,6 +170,43 @@ impl NodeInner {
             }
             std::thread::sleep(Duration::from_millis(if more && !busy { 5 } else { LOOK_MS }));
         }
+    }
+
+    /// One round of the store's background work. Segments become sparse while guests write, so compaction
+    /// does not wait for a calm moment; its rate is what bounds it.
+    fn look_after_store(&self, budget_bytes: u64, pace: &mut Pace) -> Result<bool, StoreError> {
+        let more = self.store.background(budget_bytes);
+        let allowed = pace.allowed(self.now());
+        let used = if allowed > 0 { self.store.compact(allowed) } else { Ok(0) };
+        if let Ok(used) = used {
+            pace.spend(used);
+        }
+        more.and_then(|more| used.map(|_| more))
+    }
+}
+
+/// Keeps work to so many bytes a second. What was overdrawn is saved before more is allowed.
+struct Pace {
+    rate_bytes_per_s: u64,
+    balance_bytes: i64,
+    at: Millis,
+}
+
+impl Pace {
+    const fn new(rate_bytes_per_s: u64, now: Millis) -> Self {
+        Self { rate_bytes_per_s, balance_bytes: 0, at: now }
+    }
+    /// What may be done now; what is not used up within an eighth of a second lapses.
+    fn allowed(&mut self, now: Millis) -> u64 {
+        let earned = self.rate_bytes_per_s.saturating_mul(now.since(self.at)) / 1000;
+        self.at = now;
+        let most = i64::try_from(self.rate_bytes_per_s / 8).unwrap_or(i64::MAX);
+        let balance = self.balance_bytes.saturating_add_unsigned(earned);
+        self.balance_bytes = balance.min(most);
+        u64::try_from(self.balance_bytes).unwrap_or(0)
+    }
+    fn spend(&mut self, bytes: u64) {
+        self.balance_bytes = self.balance_bytes.saturating_sub_unsigned(bytes);
     }
 }
 
@@ -259,5 +298,30 @@ impl Image {
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pace_is_kept_whatever_the_size_of_the_steps() {
+        for step in [900, 70_000] {
+            let mut pace = Pace::new(100_000, Millis(0));
+            let mut done = 0;
+            for ms in (5..=10_000).step_by(5) {
+                if pace.allowed(Millis(ms)) > 0 {
+                    done += step;
+                    pace.spend(step);
+                }
+            }
+            assert!(done <= 1_000_000 + step, "{done} in steps of {step}");
+            assert!(done >= 1_000_000 - step - 12_500, "{done} in steps of {step}");
+        }
+        let mut off = Pace::new(0, Millis(0));
+        assert_eq!(off.allowed(Millis(60_000)), 0);
+        let mut idle = Pace::new(80_000, Millis(0));
+        assert_eq!(idle.allowed(Millis(60_000)), 10_000, "what was not used lapses");
     }
 }

@@ -148,8 +148,14 @@ pub struct ImageStatus {
     pub id: ImageId,
     /// Size in bytes of the file.
     pub size: u64,
-    /// Bytes of the store it takes here, log and map.
+    /// Bytes of blocks that hold data here.
     pub stored_bytes: u64,
+    /// Bytes of the segments it takes here: its data, its log, and what is superseded and not yet given back.
+    #[serde(default)]
+    pub segment_bytes: u64,
+    /// Bytes that compaction has moved since the daemon started.
+    #[serde(default)]
+    pub compacted_bytes: u64,
     /// What this host is for it.
     pub role: ImageRole,
     /// Name of the owner; absent while none is known.
