@@ -48,6 +48,24 @@ pub(crate) struct Moment {
     pub(crate) log_start: Seq,
 }
 
+/// What compaction has done since a checkpoint.
+#[derive(Default)]
+pub(crate) struct Moves {
+    /// Bytes of the segments filled; 0 when there were none.
+    pub(crate) filled_bytes: u64,
+    /// Bytes of blocks moved there.
+    pub(crate) moved_bytes: u64,
+    /// Bytes of the segments emptied.
+    pub(crate) emptied_bytes: u64,
+}
+
+impl Moves {
+    /// True when the map was changed.
+    pub(crate) const fn any(&self) -> bool {
+        self.filled_bytes > 0
+    }
+}
+
 /// An image's checkpoints. Its lock is held while one is made.
 #[derive(Default)]
 pub(crate) struct Checkpoints {
@@ -58,8 +76,8 @@ pub(crate) struct Checkpoints {
     pub(crate) roots: Vec<Weak<Base>>,
     /// Segments given up, once nobody reads them.
     pub(crate) limbo: Vec<Arc<Segment>>,
-    /// Compaction has changed the map, and no checkpoint has that yet.
-    pub(crate) relocated: bool,
+    /// What compaction has done to the map, and no checkpoint has yet.
+    pub(crate) moves: Moves,
     /// Segments of the image that compaction has emptied, as far as it can.
     pub(crate) emptied: BTreeSet<u32>,
     /// Grows when the map is replaced by another one.
@@ -124,7 +142,7 @@ impl ImageStore {
 
     /// As [`ImageStore::checkpoint`]; with `force` also when no update is new.
     pub(crate) fn checkpoint_locked(&self, ck: &mut Checkpoints, force: bool) -> Result<(), StoreError> {
-        if !self.freeze(ck, force || ck.relocated) {
+        if !self.freeze(ck, force || ck.moves.any()) {
             return Ok(());
         }
         let moment = ck.frozen.clone().expect("invariant: freeze has set it");
@@ -149,7 +167,7 @@ impl ImageStore {
         drop(segments);
         drop(moment);
         ck.frozen = None;
-        ck.relocated = false;
+        ck.moves = Moves::default();
         {
             let mut map = self.map.write();
             map.content.base = merged;

@@ -5,8 +5,11 @@
 //! segment, checked against their digests on the way. That is synced, then each map entry is changed if it
 //! still names the old place, then a checkpoint is made. A crash before it leaves the old map and the old
 //! segments. The old segments are dropped as any others: by a checkpoint that nothing keeping them is left
-//! in, and a checkpoint at or below the commit point always stays. One job runs at a time, and the next begins
-//! after that checkpoint, so the numbers of live blocks it decides by are those of the map on the disk.
+//! in, and a checkpoint at or below the commit point always stays.
+//!
+//! One job runs at a time, and empties segments into one other. Several may share a checkpoint, since that
+//! writes map pages for blocks from all over the image. Segments that one of them has filled or emptied are no
+//! choice for the next, so the numbers of live blocks in the last checkpoint are never too small.
 //!
 //! A block whose bytes are damaged, or cannot be read, stays where it is, for the scrub to find and repair.
 
@@ -29,7 +32,7 @@ use crate::scrub::described;
 use crate::segment::{Class, Segment, file_name};
 use crate::shadow::{self, BlocksRecord, Origin};
 use crate::view::read_entries;
-use crate::writer::{RECORD_BLOCKS_MAX, RECORD_FIXED, SegmentWriter, record_bytes};
+use crate::writer::{RECORD_BLOCKS_MAX, RECORD_FIXED, SegmentWriter};
 
 /// Bytes that one block takes in a record: checksum, index, digest.
 const RECORD_BYTES_PER_BLOCK: usize = 4 + 8 + Digest::LEN;
@@ -53,7 +56,9 @@ pub struct SpaceUse {
 #[derive(Default)]
 pub(crate) struct Compaction {
     pub(crate) job: Option<Job>,
-    /// Number of the checkpoint after which there was nothing to do.
+    /// There was nothing to begin when that was last tried.
+    idle: bool,
+    /// Number of the checkpoint after which there was nothing to gain.
     seen: u64,
 }
 
@@ -109,14 +114,13 @@ struct Plan {
     pages: u32,
 }
 
-/// Pages that `blocks` blocks from segments with `pages` pages take at most, besides what any segment has.
-fn pages_to_move(blocks: u32, pages: u64) -> u32 {
-    // A record for every so many payload pages looked at, and what the writer wants to be free for the last.
-    let records = pages as usize / RECORD_BLOCKS_MAX + 1;
-    let bytes = blocks as usize * RECORD_BYTES_PER_BLOCK + records * RECORD_FIXED;
-    let last = record_bytes(RECORD_BLOCKS_MAX * (RECORD_BYTES_PER_BLOCK - 4), RECORD_BLOCKS_MAX);
+/// Pages that `blocks` blocks in so many records take at most, besides what any segment has.
+fn pages_to_move(blocks: usize, records: usize) -> u32 {
+    let bytes = blocks * RECORD_BYTES_PER_BLOCK + records * RECORD_FIXED;
+    // What the writer wants to be free for the last record.
+    let last = RECORD_FIXED + RECORD_BLOCKS_MAX * RECORD_BYTES_PER_BLOCK;
     let headers = 2 * (bytes / BODY + 1) + 2 * (last.min(bytes) / BODY + 2);
-    blocks.saturating_add(u32::try_from(headers).unwrap_or(u32::MAX))
+    u32::try_from(blocks + headers).unwrap_or(u32::MAX)
 }
 
 impl ImageStore {
@@ -148,6 +152,7 @@ impl ImageStore {
             Some(job) => Some(job),
             None => self.begin_job(&mut state)?,
         };
+        state.idle = job.is_none();
         let Some(mut job) = job else { return Ok(0) };
         match self.copy_some(&mut job, budget_bytes) {
             Ok(n) if !job.ahead.is_empty() || !job.held.is_empty() => {
@@ -175,7 +180,7 @@ impl ImageStore {
         match self.begin_target(&plan, Space::Data) {
             Ok(writer) => Ok(Some(Job::new(plan, writer, ck.lineage))),
             // On a full disk it goes on with half of the reserve, while nothing waits to be given back.
-            Err(StoreError::Full) if !ck.holds_emptied() => {
+            Err(StoreError::Full) if !ck.holds_emptied() && !ck.moves.any() => {
                 let Some(plan) = self.choose(&ck, self.shared.cfg.reserve_bytes / 2) else { return Ok(None) };
                 match self.begin_target(&plan, Space::Control) {
                     Ok(writer) => Ok(Some(Job::new(plan, writer, ck.lineage))),
@@ -205,11 +210,16 @@ impl ImageStore {
         begun
     }
 
-    /// True when the newest checkpoint is that of the present map and can no longer be rolled back, so that
-    /// emptied segments can be given back after it.
+    /// True when emptied segments can be given back after two more checkpoints, because the newest one can no
+    /// longer be rolled back, and there are not many of them yet.
     fn may_compact(&self, ck: &Checkpoints) -> bool {
         let commit = Seq(self.commit.load(Ordering::Acquire));
-        !ck.relocated && ck.frozen.is_none() && ck.newest().is_some_and(|s| s.seq() <= commit)
+        !self.is_checkpoint_full(ck) && ck.frozen.is_none() && ck.newest().is_some_and(|s| s.seq() <= commit)
+    }
+
+    /// A checkpoint is due for what was compacted since the last one, as it is for so much log.
+    fn is_checkpoint_full(&self, ck: &Checkpoints) -> bool {
+        ck.moves.emptied_bytes >= self.shared.cfg.checkpoint_log_bytes
     }
 
     /// The sparsest segments that nothing but their live blocks keeps, as many as one of at most `bytes_max`
@@ -224,13 +234,13 @@ impl ImageStore {
         let idle = |s: &&Arc<Segment>| {
             !busy.contains(&s.no) && !ck.emptied.contains(&s.no) && s.live.lock().is_none()
         };
-        // Without live blocks it goes with one of the next checkpoints.
+        // Without live blocks, or filled since: not counted in the checkpoint.
         let live = |s: &Arc<Segment>| Some((base.live.get(&s.no).copied()?, Arc::clone(s)));
         let mut idle: Vec<(u32, Arc<Segment>)> = segments.values().filter(idle).filter_map(live).collect();
         drop(segments);
         let bytes: u64 = idle.iter().map(|(_, s)| s.class.bytes()).sum();
         let live_bytes: u64 = idle.iter().map(|(n, _)| u64::from(*n) * BLOCK_BYTES_U64).sum();
-        if 2 * live_bytes >= bytes {
+        if 2 * (live_bytes + ck.moves.moved_bytes) >= bytes + ck.moves.filled_bytes {
             return None;
         }
         idle.sort_by_key(|(n, s)| (u64::from(*n) << 32) / s.class.bytes());
@@ -238,10 +248,12 @@ impl ImageStore {
         let class_max = idle.iter().map(|(_, s)| s.class).max()?;
         let class_max = class_max.max(Class::at_most(self.shared.cfg.segment_bytes_max));
         let class_max = class_max.min(Class::at_most(bytes_max));
-        let (mut blocks, mut bytes, mut best) = (0u32, 0u64, None);
+        let (mut blocks, mut records, mut bytes, mut best) = (0, 0, 0, None);
         for (i, (n, seg)) in idle.iter().enumerate() {
-            (blocks, bytes) = (blocks.saturating_add(*n), bytes + seg.class.bytes());
-            let pages = pages_to_move(blocks, bytes / BLOCK_BYTES_U64);
+            bytes += seg.class.bytes();
+            blocks += *n as usize;
+            records += seg.class.pages() as usize / RECORD_BLOCKS_MAX + 1;
+            let pages = pages_to_move(blocks, records);
             let Some(class) = Class::fitting(pages).filter(|c| *c <= class_max) else { break };
             if 2 * class.bytes() <= bytes {
                 best = Some((i + 1, pages));
@@ -388,11 +400,14 @@ impl ImageStore {
             Ok(n) if ck.lineage == lineage => {
                 // Also without a change: then nothing in them is alive, or it stays for the scrub.
                 ck.emptied.extend(read.iter().map(|s| s.no));
-                ck.relocated |= n > 0;
                 self.compacted_bytes.fetch_add(n * BLOCK_BYTES_U64, Ordering::Relaxed);
                 if n == 0 {
                     ck.limbo.push(target);
+                    return Ok(());
                 }
+                ck.moves.filled_bytes += target.class.bytes();
+                ck.moves.moved_bytes += n * BLOCK_BYTES_U64;
+                ck.moves.emptied_bytes += read.iter().map(|s| s.class.bytes()).sum::<u64>();
                 Ok(())
             }
             Ok(_) => {
@@ -454,14 +469,10 @@ impl ImageStore {
     /// True when a checkpoint is wanted for the sake of compaction: to make its changes durable, or to let go
     /// of segments that only the older one of the two checkpoints keeps.
     pub(crate) fn compaction_waits(&self, ck: &Checkpoints) -> bool {
-        if ck.relocated {
-            return true;
-        }
         let commit = Seq(self.commit.load(Ordering::Acquire));
-        let Some(newest) = ck.newest() else { return false };
-        // A job under way ends with a checkpoint, which lets go of them, too.
-        newest.seq() <= commit
-            && ck.holds_emptied()
-            && self.compaction.try_lock().is_some_and(|c| c.job.is_none())
+        let frees = ck.holds_emptied() && ck.newest().is_some_and(|s| s.seq() <= commit);
+        // While there is more to compact, its checkpoint will do.
+        self.is_checkpoint_full(ck)
+            || ((ck.moves.any() || frees) && self.compaction.try_lock().is_some_and(|c| c.idle))
     }
 }

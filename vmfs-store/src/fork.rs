@@ -8,7 +8,7 @@ use vmfs_common::{BLOCK_BYTES_U64, Head};
 
 use crate::append::{SyncGuard, apply_change, map_change};
 use crate::checkpoint::{ForkRow, SegmentRow};
-use crate::checkpointing::{Checkpoints, Commit, Slot};
+use crate::checkpointing::{Checkpoints, Commit, Moves, Slot};
 use crate::error::StoreError;
 use crate::image::{ImageStore, Space};
 use crate::log::{ChainSegment, Tail, walk};
@@ -174,7 +174,7 @@ impl ImageStore {
         tail.end = None;
         tail.bytes_since_checkpoint = 0;
         ck.frozen = None;
-        ck.relocated = false;
+        ck.moves = Moves::default();
         ck.emptied.clear();
         ck.lineage += 1;
         let mut map = self.map.write();

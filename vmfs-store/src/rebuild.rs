@@ -17,20 +17,22 @@ use crate::image::ImageStore;
 use crate::map::tree::{Base, ENTRIES, PageAt, bytes_of, page_name, put_back, read_copy, read_page};
 use crate::map::{Content, Entry, Segments};
 use crate::records::{Next, Record, Records};
-use crate::segment::{Kind, SegmentHeader};
+use crate::segment::{Kind, Segment, SegmentHeader};
 use crate::shadow::Origin;
 use crate::shared::Shared;
 use crate::writer::{RECORD_BLOCKS_MAX, RecordKind};
 
 /// Damaged pages met by one operation before it is given up.
 const HEALS_MAX: usize = 64;
-/// The newest segments of moved blocks may hold what came after the checkpoint whose page it is: so many.
-const MOVES_AHEAD_MAX: usize = 3;
+/// Segments of moved blocks that may be newer than the checkpoint whose page it is: so many are tried.
+const MOVES_AHEAD_MAX: usize = 8;
 
 /// What one record did to the blocks of the page.
 struct Event {
     /// Number of the update; 0 for imported blocks, which no roll-back cuts off.
     seq: u64,
+    /// Generation of the segment of moved blocks that it is from; 0 for others.
+    moved: u64,
     /// First word changed.
     at: usize,
     entries: Vec<Entry>,
@@ -104,35 +106,47 @@ fn rebuild_leaf(
     at: PageAt,
 ) -> Result<Option<[u8; ENTRIES * 8]>, StoreError> {
     // A roll-back cuts updates off; a block-level sync makes what was cut off count again.
-    for (cut, ahead) in [true, false].into_iter().flat_map(|c| (0..=MOVES_AHEAD_MAX).map(move |n| (c, n))) {
-        let Some(events) = events(shared, segments, at.start, cut, ahead)? else { continue };
-        for blank in [Entry::ABSENT, Entry::ZERO] {
-            let mut words = [blank.0; ENTRIES];
-            for event in &events {
-                let words_changed = words[event.at..].iter_mut().zip(&event.entries);
-                for (word, entry) in words_changed.filter(|(_, e)| **e != Entry::UNSET) {
-                    *word = entry.0;
-                }
-                let bytes = bytes_of(&words);
-                if crc32c::crc32c(&bytes) == at.page.crc() {
-                    return Ok(Some(bytes));
-                }
+    for cut in [true, false] {
+        let events = events(shared, segments, at.start, cut)?;
+        let mut moves: Vec<u64> = events.iter().map(|e| e.moved).filter(|g| *g > 0).collect();
+        moves.sort_unstable();
+        moves.dedup();
+        // The newest moves may have come after the checkpoint whose page it is.
+        for ahead in 0..=moves.len().min(MOVES_AHEAD_MAX) {
+            let upto = moves.len().checked_sub(ahead + 1).map_or(0, |last| moves[last]);
+            let events = || events.iter().filter(|e| e.moved <= upto);
+            let page = [Entry::ABSENT, Entry::ZERO].into_iter().find_map(|blank| replay(events(), blank, at));
+            if page.is_some() {
+                return Ok(page);
             }
         }
     }
     Ok(None)
 }
 
+/// The page after the event that gives it the right checksum, if one does.
+fn replay<'a>(
+    events: impl Iterator<Item = &'a Event>,
+    blank: Entry,
+    at: PageAt,
+) -> Option<[u8; ENTRIES * 8]> {
+    let mut words = [blank.0; ENTRIES];
+    for event in events {
+        let changed = words[event.at..].iter_mut().zip(&event.entries);
+        for (word, entry) in changed.filter(|(_, e)| **e != Entry::UNSET) {
+            *word = entry.0;
+        }
+        let bytes = bytes_of(&words);
+        if crc32c::crc32c(&bytes) == at.page.crc() {
+            return Some(bytes);
+        }
+    }
+    None
+}
+
 /// What the records of all segments did to the 512 blocks from `start`, oldest first. With `cut`,
-/// without the updates that the beginning of a later segment cut off. Without the `ahead` newest segments of
-/// moved blocks; `None` when there are not so many.
-fn events(
-    shared: &Shared,
-    segments: &Segments,
-    start: u64,
-    cut: bool,
-    ahead: usize,
-) -> Result<Option<Vec<Event>>, StoreError> {
+/// without the updates that the beginning of a later segment cut off.
+fn events(shared: &Shared, segments: &Segments, start: u64, cut: bool) -> Result<Vec<Event>, StoreError> {
     let mut by_age = Vec::new();
     for seg in segments.values() {
         let header = SegmentHeader::read(seg.no, &*seg.file(&shared.files)?)?;
@@ -145,11 +159,6 @@ fn events(
         by_age.push((age, seg, header, origin));
     }
     by_age.sort_by_key(|(age, ..)| *age);
-    for _ in 0..ahead {
-        let moves = by_age.iter().enumerate().filter(|(_, (.., origin))| *origin != Origin::Import);
-        let Some((newest, _)) = moves.max_by_key(|(_, (_, seg, ..))| seg.generation) else { return Ok(None) };
-        by_age.remove(newest);
-    }
     let mut events: Vec<Event> = Vec::new();
     for (_, seg, header, origin) in by_age {
         let log = header.filter(|h| h.kind == Kind::Log || h.link.seq.0 > 0);
@@ -161,12 +170,12 @@ fn events(
             let event = match record.kind {
                 RecordKind::Update => update_event(&record, seg.no, start)?,
                 RecordKind::Blocks if origin == Origin::Import => blocks_event(&record, seg.no, start),
-                RecordKind::Blocks => moved_event(&record, seg.no, start),
+                RecordKind::Blocks => moved_event(&record, seg, start),
             };
             events.extend(event);
         }
     }
-    Ok(Some(events))
+    Ok(events)
 }
 
 fn update_event(record: &Record, no: u32, start: u64) -> Result<Option<Event>, StoreError> {
@@ -192,7 +201,7 @@ fn update_event(record: &Record, no: u32, start: u64) -> Result<Option<Event>, S
                 (from, vec![entry; index(to - from)])
             }
         };
-    Ok(Some(Event { seq, at: index(from - start), entries }))
+    Ok(Some(Event { seq, moved: 0, at: index(from - start), entries }))
 }
 
 /// Imported blocks of one record are a run, with gaps where blocks are zeros.
@@ -208,11 +217,11 @@ fn blocks_event(record: &Record, no: u32, start: u64) -> Option<Event> {
         *entries.get_mut(index(at.checked_sub(first)?))? = Entry::data(no, record.payload_page + i, *crc);
     }
     let entries = entries[index(from - first)..index(to - first)].to_vec();
-    Some(Event { seq: 0, at: index(from - start), entries })
+    Some(Event { seq: 0, moved: 0, at: index(from - start), entries })
 }
 
 /// Moved blocks of one record may be from anywhere; nothing is known of those between them.
-fn moved_event(record: &Record, no: u32, start: u64) -> Option<Event> {
+fn moved_event(record: &Record, seg: &Segment, start: u64) -> Option<Event> {
     let mut entries = vec![Entry::UNSET; ENTRIES];
     let mut any = false;
     for (page, (block, crc)) in (record.payload_page..).zip(record.block_indices().iter().zip(&record.crcs)) {
@@ -220,10 +229,10 @@ fn moved_event(record: &Record, no: u32, start: u64) -> Option<Event> {
         else {
             continue;
         };
-        *entry = Entry::data(no, page, *crc);
+        *entry = Entry::data(seg.no, page, *crc);
         any = true;
     }
-    any.then_some(Event { seq: 0, at: 0, entries })
+    any.then_some(Event { seq: 0, moved: seg.generation, at: 0, entries })
 }
 
 fn index(n: u64) -> usize {

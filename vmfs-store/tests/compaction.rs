@@ -22,9 +22,9 @@ impl Rng {
     }
 }
 
-/// Checkpoints are far apart here; those that compaction asks for come on their own.
+/// Several compactions share a checkpoint.
 fn config() -> StoreConfig {
-    StoreConfig { retain_log_bytes_max: 0, ..small() }
+    StoreConfig { retain_log_bytes_max: 0, checkpoint_log_bytes: 512 << 10, ..small() }
 }
 
 /// As the daemon does while nothing else happens, until there is nothing to do.

@@ -56,6 +56,8 @@ fn config(seed: u64) -> StoreConfig {
     StoreConfig {
         retain_log_bytes_max: [256 << 10, 0, 4 << 20][seed as usize % 3],
         segment_bytes_max: [128 << 10, 1 << 20][seed as usize % 2],
+        // Also so many that several compactions share one.
+        checkpoint_log_bytes: [96 << 10, 2 << 20][seed as usize / 2 % 2],
         ..small()
     }
 }
