@@ -99,7 +99,9 @@ fn space_is_bounded_under_random_overwrites() {
 /// A store that has something to compact: returns it before any of that is done.
 fn sparse(disk: SimDisk) -> Rig {
     let mut rig = Rig::with(disk, config());
-    overwrite(&mut rig, 5, 3 * BLOCKS, |rig| drop(rig.store.background(1 << 20).unwrap()));
+    overwrite(&mut rig, 5, 3 * BLOCKS, |rig| {
+        rig.store.background(1 << 20).unwrap();
+    });
     rig
 }
 

@@ -46,6 +46,19 @@ fn feed_once(image: &ImageStore, next: &mut Seq) {
     }
 }
 
+/// Compacts what is left.
+fn settle(store: &Store, image: &ImageStore) {
+    image.set_commit(image.head().seq);
+    image.retain_from(image.head().seq);
+    for _ in 0..200 {
+        store.background(1 << 20).unwrap();
+        store.compact(1 << 20).unwrap();
+    }
+    let space = image.space_use();
+    println!("{space:?}");
+    assert!(space.compacted_bytes > 0 && space.segment_bytes < 2 * space.live_bytes + (8 << 20), "{space:?}");
+}
+
 #[test]
 fn readers_feeder_flushers_checkpoints_and_compaction_run_beside_appends() {
     let dir = tempfile::tempdir().unwrap();
@@ -109,15 +122,7 @@ fn readers_feeder_flushers_checkpoints_and_compaction_run_beside_appends() {
         });
     });
     image.sync().unwrap();
-    image.set_commit(image.head().seq);
-    image.retain_from(image.head().seq);
-    for _ in 0..200 {
-        store.background(1 << 20).unwrap();
-        store.compact(1 << 20).unwrap();
-    }
-    let space = image.space_use();
-    println!("{space:?}");
-    assert!(space.compacted_bytes > 0 && space.segment_bytes < 2 * space.live_bytes + (8 << 20), "{space:?}");
+    settle(&store, &image);
     let report = image.verify(&mut |_, _| {}).unwrap();
     assert!(report.bad_blocks.is_empty() && report.bad_updates.is_empty());
     let head = image.head();
