@@ -47,7 +47,7 @@ fn example_parses_and_its_commented_defaults_are_the_defaults() {
         })
         .collect();
     assert_eq!(Config::parse(&uncommented).unwrap(), example);
-    assert_eq!(set, 16, "defaults shown in the example");
+    assert_eq!(set, 17, "defaults shown in the example");
 }
 
 #[test]
