@@ -281,21 +281,8 @@ fn a_damaged_block_is_not_moved_and_can_still_be_repaired() {
     check(&rig.disk.power_cut(2), &rig.model, "after the repair");
 }
 
-#[test]
-fn damaged_map_pages_are_made_again_from_the_log_after_a_compaction() {
-    let mut rig = sparse(SimDisk::new(1 << 30));
-    let mut rng = Rng(3);
-    for n in 0..300u64 {
-        rig.write(rng.below(BLOCKS), &[50_000 + n]);
-        if n % 10 == 0 {
-            rig.image.set_commit(rig.image.sync().unwrap().seq);
-            rig.store.background(0).unwrap();
-            rig.store.compact(32 << 10).unwrap();
-        }
-    }
-    rig.image.set_commit(rig.image.sync().unwrap().seq);
-    settle(&rig.store).unwrap();
-    assert!(rig.image.space_use().compacted_bytes > 100 * 4096);
+/// Opens copies of the disk with a damaged map page each. Returns how many pages were made again.
+fn damage_each_map_page(rig: &Rig) -> u64 {
     let name = format!("map/{IMAGE}");
     let len = rig.disk.files().into_iter().find(|(n, _)| *n == name).unwrap().1;
     let mut repaired = 0;
@@ -310,10 +297,64 @@ fn damaged_map_pages_are_made_again_from_the_log_after_a_compaction() {
         // A body's page is made good by the next checkpoint.
         let rot = image.rot();
         assert!(rot.open.iter().all(|what| what.starts_with("checkpoint ")), "page {page}: {rot:?}");
-        repaired += image.rot().repaired;
+        repaired += rot.repaired;
     }
+    repaired
+}
+
+#[test]
+fn damaged_map_pages_are_made_again_from_the_log_after_a_compaction() {
+    let mut rig = sparse(SimDisk::new(1 << 30));
+    settle(&rig.store).unwrap();
+    assert!(rig.image.space_use().compacted_bytes > 100 * 4096);
+    // Into the segment of the log that was being written when blocks were moved, over some of them: this is newer.
+    for n in 0..12 {
+        rig.write(n * 50, &[40_000 + n]);
+    }
+    rig.image.set_commit(rig.image.sync().unwrap().seq);
+    rig.image.checkpoint().unwrap();
     // Two leaves and the root of the newest map.
-    assert!(repaired >= 3, "{repaired}");
+    assert!(damage_each_map_page(&rig) >= 3);
+    let mut rng = Rng(3);
+    for n in 0..300u64 {
+        rig.write(rng.below(BLOCKS), &[50_000 + n]);
+        if n % 10 == 0 {
+            rig.image.set_commit(rig.image.sync().unwrap().seq);
+            rig.store.background(0).unwrap();
+            rig.store.compact(32 << 10).unwrap();
+        }
+    }
+    rig.image.set_commit(rig.image.sync().unwrap().seq);
+    settle(&rig.store).unwrap();
+    assert!(damage_each_map_page(&rig) >= 3);
+}
+
+/// A checkpoint that has begun holds what was new then, and is gone on with later: moves are not part of it.
+#[test]
+fn a_checkpoint_that_failed_during_a_compaction_is_made_before_the_map_changes() {
+    let mut tested = 0;
+    for fail in 4..14 {
+        let mut rig = sparse(SimDisk::new(1 << 30));
+        for n in 0..10 {
+            rig.write(n * 11, &[60_000 + n]);
+        }
+        rig.image.sync().unwrap();
+        assert!(rig.store.compact(8 << 10).unwrap() > 0, "a job is under way");
+        rig.disk.fail_call(Some(rig.disk.calls() + fail));
+        let failed = rig.image.checkpoint();
+        rig.disk.fail_call(None);
+        if failed.is_ok() || rig.image.latched().is_some() {
+            continue;
+        }
+        tested += 1;
+        while rig.store.compact(1 << 20).unwrap() > 0 {}
+        assert!(rig.image.space_use().compacted_bytes > 0);
+        rig.model.check(&rig.image);
+        rig.image.checkpoint().unwrap();
+        rig.model.check(&rig.image);
+        check(&rig.disk.power_cut(fail), &rig.model, &format!("call {fail}"));
+    }
+    assert!(tested >= 2, "{tested}");
 }
 
 #[test]
