@@ -275,6 +275,18 @@ impl Machine {
         }
     }
 
+    /// Until when (inclusive) [`Machine::may_read`] says that reads are open if nothing happens meanwhile;
+    /// `None`: not now.
+    #[must_use]
+    pub fn readable_until(&self) -> Option<Millis> {
+        match &self.role {
+            RoleState::Failed | RoleState::Candidate(_) => None,
+            _ if self.kind == MemberRole::Witness => None,
+            RoleState::Follower => Some(Millis(u64::MAX)),
+            RoleState::Owner(o) => o.readable_until(&self.state),
+        }
+    }
+
     /// True while this host makes the image's updates, also before its `EpochStart` is committed: what
     /// block-level sync rests on (a `Root` and a Seal) may be appended. Without it an owner whose
     /// members all need that sync would never be committed.

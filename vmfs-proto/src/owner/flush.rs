@@ -144,15 +144,22 @@ impl Machine {
 
     /// Makes everything appended so far durable here and at every member that streams.
     pub(crate) fn sync_round(&mut self, env: &Env<'_>, out: &mut Vec<Output>) {
-        let seq = self.state.head().seq;
         let RoleState::Owner(o) = &mut self.role else { return };
         o.synced_bytes = o.bytes_total;
+        self.sync_members(env, out);
+        self.want_sync(out);
+    }
+
+    /// Asks every member that streams to make everything appended so far durable: what a flush would ask
+    /// first, for a caller that expects one. Nothing is promised by it.
+    pub fn sync_members(&mut self, env: &Env<'_>, out: &mut Vec<Output>) {
+        let seq = self.state.head().seq;
+        let RoleState::Owner(o) = &mut self.role else { return };
         for (host, link) in o.links.iter_mut().filter(|(_, l)| l.streaming && l.sync_asked < seq) {
             link.sync_asked = seq;
             link.waiting_since.get_or_insert(env.now);
             out.push(Output::RequestSync { to: *host, seq, commit: o.commit });
         }
-        self.want_sync(out);
     }
 
     /// An acknowledgement counts only if epoch, seq, digest and store all match this chain.

@@ -116,8 +116,17 @@ impl Owner {
     }
 
     fn is_frozen(&self, now: Millis, state: &ImageState) -> bool {
+        now > self.frozen_after(state)
+    }
+
+    fn frozen_after(&self, state: &ImageState) -> Millis {
         let p = state.policy;
-        p.on_quorum_loss == OnQuorumLoss::Stall && p.acks != Acks::Local && now > self.lease_until
+        let freezes = p.on_quorum_loss == OnQuorumLoss::Stall && p.acks != Acks::Local;
+        if freezes { self.lease_until } else { Millis(u64::MAX) }
+    }
+
+    pub(crate) fn readable_until(&self, state: &ImageState) -> Option<Millis> {
+        self.open.then(|| self.frozen_after(state))
     }
 
     pub(crate) fn read_gate(&self, now: Millis, state: &ImageState) -> Gate {

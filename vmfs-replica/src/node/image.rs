@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard, RwLock};
@@ -20,6 +21,7 @@ use vmfs_store::{ImageStore, Import, Reservation, Space, StoreError, View};
 
 use super::NodeInner;
 use super::blocks::payloads_match;
+use super::foresight::Foresight;
 use super::io::IoError;
 use super::line::{Line, from_log};
 use super::ring::{Ring, RingItem};
@@ -34,6 +36,7 @@ pub(super) struct Core {
     /// Whoever holds the lock will make the log durable itself if that is asked for, and whether it was.
     pub(super) sync_here: bool,
     pub(super) sync_due: bool,
+    flushes: Foresight,
     /// What to call once the lock is given up.
     pub(super) deferred: Vec<Box<dyn FnOnce() + Send>>,
 }
@@ -59,6 +62,9 @@ pub struct Image {
     pub(super) wakes: Mutex<Vec<Wake>>,
     next_token: AtomicU64,
     head: AtomicU64,
+    /// Reads are open up to and including then (this node's clock); later the machine is asked.
+    readable_until: AtomicU64,
+    pub(super) size_bytes: AtomicU64,
     pub(super) deadline: AtomicU64,
     pub(super) lineage: AtomicU64,
     pub(super) content_version: AtomicU64,
@@ -98,7 +104,13 @@ impl Image {
         Arc::new(Self {
             id: store.id(),
             node: Arc::downgrade(node),
-            core: Mutex::new(Core { machine, sync_here: false, sync_due: false, deferred: Vec::new() }),
+            core: Mutex::new(Core {
+                machine,
+                sync_here: false,
+                sync_due: false,
+                flushes: Foresight::default(),
+                deferred: Vec::new(),
+            }),
             failing_until: AtomicU64::new(0),
             meta: Mutex::default(),
             bounced: Mutex::default(),
@@ -110,6 +122,8 @@ impl Image {
             wakes: Mutex::default(),
             next_token: AtomicU64::new(1),
             head: AtomicU64::new(head),
+            readable_until: AtomicU64::new(0),
+            size_bytes: AtomicU64::new(0),
             deadline: AtomicU64::new(0),
             lineage: AtomicU64::new(1),
             content_version: AtomicU64::new(1),
@@ -176,6 +190,9 @@ impl Image {
     }
     pub(super) fn check_readable(&self) -> Result<(), IoError> {
         let now = self.node().now();
+        if now.0 <= self.readable_until.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let gate = self.core.lock().machine.may_read(now);
         self.gate(gate, now)
     }
@@ -200,6 +217,8 @@ impl Image {
         let mut core = self.core.lock();
         let mut out = Vec::new();
         let result = node.with_env(self, |env| f(&mut core, env, &mut out));
+        // Before anybody is told of it.
+        self.publish(&core);
         self.execute(&node, &mut core, out);
         self.unlock(core);
         result
@@ -210,8 +229,16 @@ impl Image {
         self.locked(|core, env, out| core.machine.handle(env, input, out));
     }
 
+    /// Publishes what readers look at without the lock.
+    fn publish(&self, core: &Core) {
+        self.size_bytes.store(core.machine.state().size_bytes, Ordering::Release);
+        let until = core.machine.readable_until().map_or(0, |until| until.0);
+        self.readable_until.store(until, Ordering::Release);
+    }
+
     /// Publishes what other threads read without the lock, gives it up, and makes the deferred calls.
     pub(super) fn unlock(&self, mut core: MutexGuard<'_, Core>) {
+        self.publish(&core);
         let next = core.machine.next_deadline().map_or(u64::MAX, |d| d.0);
         self.deadline.store(next, Ordering::Release);
         let deferred = std::mem::take(&mut core.deferred);
@@ -265,7 +292,11 @@ impl Image {
             let header_bytes = FIXED_BYTES + args_bytes(&draft.op) + 8 * MEMBERS_MAX + Digest::LEN * digests;
             let reserved = self.store.reserve(header_bytes, payload.len() / BLOCK_BYTES, space)?;
             let update = core.machine.append(env, draft, out);
-            self.store_own(core, env, out, reserved, &update, payload)
+            self.store_own(core, env, out, reserved, &update, payload)?;
+            if core.flushes.appended() {
+                core.machine.sync_members(env, out);
+            }
+            Ok(())
         })
     }
 
@@ -337,13 +368,21 @@ impl Image {
     /// A caller outside of the runtime's threads (one of the mount's) makes the local log durable itself while
     /// the members do the same, which saves waking another thread; as long as enough such callers are left.
     pub fn flush(self: &Arc<Self>, done: FlushDone) {
-        let token = self.token(Pending::Flush(done));
+        let input = Input::Flush { token: self.token(Pending::Flush(done)) };
+        self.core.lock().flushes.flushed();
+        match self.node().caller_sync() {
+            Some(_turn) => self.input_and_sync(input),
+            None => self.input(input),
+        }
+    }
+
+    /// One input to the machine. When it asks for a local sync, this thread does it before it returns.
+    pub(super) fn input_and_sync(self: &Arc<Self>, input: Input) {
         let node = self.node();
-        let turn = node.caller_sync();
         let mut core = self.core.lock();
-        core.sync_here = turn.is_some();
+        core.sync_here = true;
         let mut out = Vec::new();
-        node.with_env(self, |env| core.machine.handle(env, Input::Flush { token }, &mut out));
+        node.with_env(self, |env| core.machine.handle(env, input, &mut out));
         self.execute(&node, &mut core, out);
         core.sync_here = false;
         let due = std::mem::take(&mut core.sync_due);
@@ -355,7 +394,10 @@ impl Image {
 
     /// Makes the log durable and tells the machine.
     pub(super) fn sync_log(self: &Arc<Self>) {
-        match self.store.sync() {
+        let began = Instant::now();
+        let synced = self.store.sync();
+        self.node().inline_syncs.lasted(began.elapsed());
+        match synced {
             Ok(head) => self.input(Input::Synced { head }),
             Err(e) => {
                 tracing::error!(image = %self.id, "stopped: cannot make the log durable: {e}");

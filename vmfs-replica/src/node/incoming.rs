@@ -24,6 +24,8 @@ const BATCH_BYTES_MAX: usize = 2 << 20;
 /// before the disk counts as slow.
 const INLINE_BYTES_MAX: usize = 128 << 10;
 const INLINE_TIME_MAX: Duration = Duration::from_millis(5);
+/// How often it is looked up whether a peer is a member.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Hands incoming streams and requests to the node.
 pub(super) struct Incoming {
@@ -98,6 +100,7 @@ async fn read_stream(
         image.bounce(from);
     }
     let mut pace = Pace::new();
+    let (mut stranger, mut looked) = (true, None::<Instant>);
     let mut intake = Intake { node, from, image, batch: Vec::new(), wasted: Wasted::default() };
     while let Some(frame) = frames.next().await? {
         let turn = quota.turn().await;
@@ -105,7 +108,10 @@ async fn read_stream(
         drop(turn);
         let wasted = std::mem::take(&mut intake.wasted);
         if wasted.frames > 0 {
-            let stranger = node.image(image).is_none_or(|i| i.is_stranger(from));
+            if looked.is_none_or(|at| at.elapsed() > LOOK_AGAIN) {
+                stranger = node.image(image).is_none_or(|i| i.is_stranger(from));
+                looked = Some(Instant::now());
+            }
             pace.charge(wasted, stranger).await;
         }
         ended?;
@@ -155,11 +161,15 @@ impl Intake<'_> {
         };
         self.take_batch();
         let began = Instant::now();
+        let mut routine = false;
         match msg::decode::<ImageMsg>(&body) {
-            Ok(message) => on_message(self.node, self.from, self.image, message)?,
+            Ok(message) => {
+                routine = matches!(message, ImageMsg::Ack { .. } | ImageMsg::Sync { .. });
+                on_message(self.node, self.from, self.image, message)?;
+            }
             Err(e) => self.node.refused("malformed-message", self.from, &e),
         }
-        self.wasted.add(1, began.elapsed());
+        self.wasted.add(1, began.elapsed(), routine);
         Ok(body.len())
     }
 
@@ -171,11 +181,12 @@ impl Intake<'_> {
         if updates.is_empty() {
             return;
         }
+        self.node.inline_syncs.note(self.image, self.node.now());
         let count = updates.len();
         let began = Instant::now();
         let refused = self.node.image(self.image).map_or(count, |image| self.hand_over(&image, updates));
         if refused == count {
-            self.wasted.add(count, began.elapsed());
+            self.wasted.add(count, began.elapsed(), false);
         }
     }
 
@@ -207,7 +218,13 @@ fn on_message(node: &Arc<NodeInner>, from: HostId, id: ImageId, message: ImageMs
             }
         },
     };
-    image.input(Input::Msg { from, msg: Box::new(message) });
+    let sync = matches!(message, ImageMsg::Sync { .. });
+    let input = Input::Msg { from, msg: Box::new(message) };
+    if sync && node.inline_syncs.note(id, node.now()) && !node.disk_was_slow() {
+        image.input_and_sync(input);
+    } else {
+        image.input(input);
+    }
     Ok(())
 }
 

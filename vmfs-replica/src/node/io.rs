@@ -2,6 +2,7 @@
 //! cannot be done now says [`IoError::Wait`].
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use vmfs_common::chain::Draft;
@@ -100,7 +101,7 @@ impl Image {
     pub fn read(&self, lineage: u64, offset: u64, len: usize, buf: &mut Vec<u8>) -> Result<(), IoError> {
         self.check_lineage(lineage)?;
         self.check_readable()?;
-        let size = self.store.state().size_bytes;
+        let size = self.size_bytes.load(Ordering::Acquire);
         read_bytes(size, offset, len, buf, |b, out| self.store.read(b, out)).map_err(|e| self.bad_block(e))
     }
 

@@ -11,8 +11,10 @@ mod create;
 mod deleted;
 mod execute;
 mod facts;
+mod foresight;
 mod image;
 mod incoming;
+mod inline;
 mod io;
 mod life;
 mod line;
@@ -90,6 +92,7 @@ pub struct NodeInner {
     pub(crate) appended_bytes: AtomicU64,
     /// Until then (this node's clock) nothing that touches the disk runs on the network's threads.
     slow_disk_until: AtomicU64,
+    inline_syncs: inline::InlineSyncs,
     /// Threads of callers that are inside a local sync.
     pub(crate) caller_syncs: AtomicUsize,
     /// Refusals that no image has counted, by reason.

@@ -57,12 +57,14 @@ impl Quotas {
 pub(super) struct Wasted {
     pub(super) frames: u32,
     spent: Duration,
+    /// Of acknowledgements, and of what asks for them: with members that is what a flush is made of.
+    routine: Duration,
 }
 
 impl Wasted {
-    pub(super) fn add(&mut self, frames: usize, spent: Duration) {
+    pub(super) fn add(&mut self, frames: usize, spent: Duration, routine: bool) {
         self.frames = self.frames.saturating_add(u32::try_from(frames).unwrap_or(u32::MAX));
-        self.spent += spent;
+        *if routine { &mut self.routine } else { &mut self.spent } += spent;
     }
 }
 
@@ -78,8 +80,8 @@ impl Pace {
         Self { paid_at: Instant::now() }
     }
     pub(super) async fn charge(&mut self, wasted: Wasted, stranger: bool) {
-        let least = if stranger { STRANGER_COST.saturating_mul(wasted.frames) } else { Duration::ZERO };
-        let cost = wasted.spent.max(least);
+        let strangers = || (wasted.spent + wasted.routine).max(STRANGER_COST.saturating_mul(wasted.frames));
+        let cost = if stranger { strangers() } else { wasted.spent };
         let now = Instant::now();
         self.paid_at = self.paid_at.max(now) + cost * IDLE_SHARE;
         let debt = self.paid_at.duration_since(now);
@@ -93,18 +95,34 @@ impl Pace {
 mod tests {
     use super::*;
 
+    fn wasted(frames: usize, us: u64, routine: bool) -> Wasted {
+        let mut wasted = Wasted::default();
+        wasted.add(frames, Duration::from_micros(us), routine);
+        wasted
+    }
+
+    #[tokio::test]
+    async fn a_members_acknowledgements_are_free_and_a_strangers_are_not() {
+        let (mut member, mut stranger) = (Pace::new(), Pace::new());
+        let begun = Instant::now();
+        member.charge(wasted(1, 10_000_000, true), false).await;
+        assert!(begun.elapsed() < Duration::from_secs(5), "as if it had led to nothing");
+        stranger.charge(wasted(1, 100_000, true), true).await;
+        assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
+    }
+
     #[tokio::test]
     async fn a_stranger_is_heard_fifty_times_a_second_and_a_member_as_often_as_it_is_cheap() {
         let (mut stranger, mut member) = (Pace::new(), Pace::new());
         let begun = Instant::now();
         for _ in 0..1000 {
-            member.charge(Wasted { frames: 1, spent: Duration::from_micros(10) }, false).await;
+            member.charge(wasted(1, 10, false), false).await;
         }
         assert_eq!(member.paid_at.max(begun), member.paid_at);
         assert!(member.paid_at <= Instant::now() + FREE, "a member never waits for more than it has cost");
         let begun = Instant::now();
         for frames in [1, 9, 10] {
-            stranger.charge(Wasted { frames, spent: Duration::ZERO }, true).await;
+            stranger.charge(wasted(frames, 0, true), true).await;
         }
         // 20 messages, 20 ms each, the first 50 ms free.
         assert!(begun.elapsed() >= Duration::from_millis(340), "{:?}", begun.elapsed());
