@@ -224,6 +224,19 @@ pub trait Backend: Send + Sync + 'static {
     /// the image, none beyond it. Bytes never written are zeros.
     fn read(&self, id: ImageId, view: View, offset: u64, len: u32, buf: &mut Vec<u8>) -> Attempt<()>;
 
+    /// As [`Backend::read`] if the bytes are in memory; else begins to fetch them and gives `None`, after which
+    /// they are read by a thread that may wait for the disk.
+    fn read_soon(
+        &self,
+        id: ImageId,
+        view: View,
+        offset: u64,
+        len: u32,
+        buf: &mut Vec<u8>,
+    ) -> Option<Attempt<()>> {
+        Some(self.read(id, view, offset, len, buf))
+    }
+
     /// Writes all of `data` at `offset`, any alignment, extending the image as needed. Not
     /// durable before a [`Backend::flush`]. `EROFS` when this host is not the owner and never
     /// was for this view, `EIO` when it was deposed, `ENOSPC`, `EFBIG`.

@@ -223,6 +223,27 @@ impl Backend for NodeBackend {
         })
     }
 
+    fn read_soon(
+        &self,
+        id: ImageId,
+        view: View,
+        offset: u64,
+        len: u32,
+        buf: &mut Vec<u8>,
+    ) -> Option<Attempt<()>> {
+        if view.pin.is_some() {
+            return Some(self.read(id, view, offset, len, buf));
+        }
+        let image = match self.image(id) {
+            Ok(image) => image,
+            Err(e) => return Some(Attempt::err(e)),
+        };
+        match image.read_soon(view.lineage, offset, len as usize, buf) {
+            Ok(false) => None,
+            read => Some(attempt(read.map(|_| ()))),
+        }
+    }
+
     fn write(&self, id: ImageId, view: View, offset: u64, data: &[u8]) -> Attempt<()> {
         self.with_image(id, |image| image.write(view.lineage, offset, data))
     }

@@ -16,7 +16,7 @@ use crate::fork::ForkInfo;
 use crate::log::{Tail, walk};
 use crate::map::{Content, Entry};
 use crate::shared::Shared;
-use crate::view::{View, read_entries};
+use crate::view::{View, Wait, read_entries};
 
 /// Blocks looked up at a time by a read.
 const READ_BLOCKS: usize = 256;
@@ -190,9 +190,25 @@ impl ImageStore {
     /// # Panics
     /// When `buf` is not whole blocks.
     pub fn read(&self, start: BlockIndex, buf: &mut [u8]) -> Result<(), StoreError> {
+        self.read_as(start, buf, Wait::ForDisk).map(|_| ())
+    }
+    /// As [`ImageStore::read`] if the blocks are in memory. Else begins to fetch them, leaves `buf` in any state
+    /// and returns false: for callers that have other things to do than wait for the disk. (It may still wait
+    /// for a page of the map.)
+    ///
+    /// # Errors
+    /// As [`ImageStore::read`].
+    ///
+    /// # Panics
+    /// When `buf` is not whole blocks.
+    pub fn read_soon(&self, start: BlockIndex, buf: &mut [u8]) -> Result<bool, StoreError> {
+        self.read_as(start, buf, Wait::Never)
+    }
+    fn read_as(&self, start: BlockIndex, buf: &mut [u8], wait: Wait) -> Result<bool, StoreError> {
         assert!(buf.len().is_multiple_of(BLOCK_BYTES), "invariant: reads are whole blocks");
         self.check_data()?;
         let mut at = start.0;
+        let mut all = true;
         let mut entries = [Entry::UNSET; READ_BLOCKS];
         for piece in buf.chunks_mut(READ_BLOCKS * BLOCK_BYTES) {
             let n = piece.len() / BLOCK_BYTES;
@@ -202,10 +218,10 @@ impl ImageStore {
                 (Arc::clone(&map.content.base), Arc::clone(&map.content.segments))
             };
             self.healing(|| base.fill(&self.shared, at, &mut entries[..n]))?;
-            read_entries(&self.shared, &segments, at, &entries[..n], piece)?;
+            all &= read_entries(&self.shared, &segments, at, &entries[..n], piece, wait)?;
             at += n as u64;
         }
-        Ok(())
+        Ok(all)
     }
     /// The content and state at the head, unchanging. O(1). Its segments stay until it is dropped.
     #[must_use]

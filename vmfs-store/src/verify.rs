@@ -11,7 +11,7 @@ use crate::image::ImageStore;
 use crate::log::walk;
 use crate::map::{BLOCKS_MAX, Entry};
 use crate::segment::{PAGE_U64, file_name};
-use crate::view::{DigestReader, read_entries};
+use crate::view::{DigestReader, Wait, read_entries};
 
 /// What [`crate::ImageStore::verify`] found.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -75,9 +75,10 @@ impl ImageStore {
         let mut buf = vec![0u8; BLOCK_BYTES];
         content.for_each(&self.shared, 0..BLOCKS_MAX, |start, entries| {
             for (at, entry) in (start..).zip(entries).filter(|(_, e)| e.is_data()) {
-                let read = read_entries(&self.shared, &content.segments, at, &[*entry], &mut buf);
+                let read =
+                    read_entries(&self.shared, &content.segments, at, &[*entry], &mut buf, Wait::ForDisk);
                 let good = match read {
-                    Ok(()) => {
+                    Ok(_) => {
                         let digest = reader.digest(&content.segments, *entry)?;
                         digest.is_some_and(|d| d == block_digest(&buf))
                     }

@@ -72,7 +72,7 @@ impl View {
         }
         let mut entries = vec![Entry::UNSET; buf.len() / BLOCK_BYTES];
         self.content.entries(&self.shared, start.0, &mut entries)?;
-        read_entries(&self.shared, &self.content.segments, start.0, &entries, buf)
+        read_entries(&self.shared, &self.content.segments, start.0, &entries, buf, Wait::ForDisk).map(|_| ())
     }
     /// Blocks that hold data; exact.
     ///
@@ -125,15 +125,25 @@ impl View {
     }
 }
 
+/// What a read does about pieces that are not in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Waits for them.
+    ForDisk,
+    /// Has them fetched, and leaves them out.
+    Never,
+}
+
 /// Reads the blocks that `entries` (of the blocks from `start`) name, and checks them. Pieces from many
-/// places that are not in memory are fetched together.
+/// places that are not in memory are fetched together. False with [`Wait::Never`] when something is missing.
 pub(crate) fn read_entries(
     shared: &Shared,
     segments: &Segments,
     start: u64,
     entries: &[Entry],
     buf: &mut [u8],
-) -> Result<(), StoreError> {
+    wait: Wait,
+) -> Result<bool, StoreError> {
     let mut to_come = Vec::new();
     let mut at = 0;
     while at < entries.len() {
@@ -141,18 +151,21 @@ pub(crate) fn read_entries(
         let piece = &mut buf[at * BLOCK_BYTES..(at + n) * BLOCK_BYTES];
         if !entries[at].is_data() {
             piece.fill(0);
-        } else if n == entries.len() {
+        } else if n == entries.len() && wait == Wait::ForDisk {
             read_run(shared, segments, start, entries, piece, false)?;
         } else if !read_run(shared, segments, start + at as u64, &entries[at..at + n], piece, true)? {
             to_come.push(at..at + n);
         }
         at += n;
     }
+    if wait == Wait::Never {
+        return Ok(to_come.is_empty());
+    }
     for run in to_come {
         let piece = &mut buf[run.start * BLOCK_BYTES..run.end * BLOCK_BYTES];
         read_run(shared, segments, start + run.start as u64, &entries[run], piece, false)?;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// How many of the first entries are consecutive places in one segment; 1 when the first is no data.

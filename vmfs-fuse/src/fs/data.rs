@@ -13,6 +13,8 @@ use crate::backend::{Attempt, AttrChange, Backend, Errno, SizeRule, View};
 /// Bytes moved by one `copy_file_range` request; the caller asks again for the rest.
 const COPY_BYTES_MAX: u64 = 8 << 20;
 const COPY_PIECE: u32 = 1 << 20;
+/// Longest read that is tried without the disk first: a longer one is worth a serving thread.
+const SOON_BYTES_MAX: u32 = 128 << 10;
 
 /// An operation that owns everything it needs, so that it can wait.
 #[derive(Debug)]
@@ -196,6 +198,18 @@ fn copy_piece<B: Backend>(
     }
 }
 
+fn reply_to_read(
+    reply: impl FnOnce(Result<&[u8], Errno>) + Send + 'static,
+) -> impl FnOnce(Result<Outcome, Errno>) + Send + 'static {
+    move |outcome| {
+        reply(match &outcome {
+            Ok(Outcome::Data(data)) => Ok(data),
+            Ok(_) => Err(Errno::IO),
+            Err(errno) => Err(*errno),
+        });
+    }
+}
+
 thread_local! {
     static READ_BUF: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
@@ -211,20 +225,22 @@ impl<B: Backend> Fs<B> {
     ) {
         match attempt(self.backend.as_ref(), &op) {
             Attempt::Ready(result) => reply(result),
-            Attempt::Wait => self.park_op(id, caller, op, reply),
+            Attempt::Wait => self.parker(id, caller)(op, reply),
         }
     }
 
-    fn park_op(
-        &self,
-        id: ImageId,
-        caller: Caller,
-        op: DataOp,
-        reply: impl FnOnce(Result<Outcome, Errno>) + Send + 'static,
-    ) {
+    /// Something that parks an operation on the image, whoever calls it and when.
+    fn parker<R>(&self, id: ImageId, caller: Caller) -> impl FnOnce(DataOp, R) + Send + use<B, R>
+    where
+        R: FnOnce(Result<Outcome, Errno>) + Send + 'static,
+    {
+        let (backend, park) = (self.backend.clone(), self.park.clone());
+        let waits = super::wait::Desk::clone(&self.waits);
         let limit = Some(self.options.stall_timeout);
-        let pending = self.waits.owe(caller, Signals::Deadly, limit, reply);
-        self.park.park(self.backend.as_ref(), id, Parked { op, pending });
+        move |op, reply| {
+            let pending = waits.owe(caller, Signals::Deadly, limit, reply);
+            park.park(backend.as_ref(), id, Parked { op, pending });
+        }
     }
 
     /// Reads up to `len` bytes; fewer at the end of the image.
@@ -243,20 +259,35 @@ impl<B: Backend> Fs<B> {
         let (id, view) = (handle.id, handle.view);
         // Taken out, so that a reply that reads again does not find it borrowed.
         let mut buf = READ_BUF.take();
-        match self.backend.read(id, view, offset, len, &mut buf) {
-            Attempt::Ready(Ok(())) => reply(Ok(&buf)),
-            Attempt::Ready(Err(errno)) => reply(Err(errno)),
-            Attempt::Wait => {
-                self.park_op(id, caller, DataOp::Read { id, view, offset, len }, move |outcome| {
-                    reply(match &outcome {
-                        Ok(Outcome::Data(data)) => Ok(data),
-                        Ok(_) => Err(Errno::IO),
-                        Err(errno) => Err(*errno),
-                    });
-                });
-            }
+        let turn = self.readers.turn();
+        let read = match turn {
+            None if len <= SOON_BYTES_MAX => self.backend.read_soon(id, view, offset, len, &mut buf),
+            _ => Some(self.backend.read(id, view, offset, len, &mut buf)),
+        };
+        drop(turn);
+        let op = DataOp::Read { id, view, offset, len };
+        match read {
+            Some(Attempt::Ready(Ok(()))) => reply(Ok(&buf)),
+            Some(Attempt::Ready(Err(errno))) => reply(Err(errno)),
+            Some(Attempt::Wait) => self.parker(id, caller)(op, reply_to_read(reply)),
+            None => self.read_from_disk(id, caller, op, reply),
         }
         READ_BUF.set(buf);
+    }
+
+    /// Has a read done by a thread that may wait for the disk.
+    fn read_from_disk(
+        &self,
+        id: ImageId,
+        caller: Caller,
+        op: DataOp,
+        reply: impl FnOnce(Result<&[u8], Errno>) + Send + 'static,
+    ) {
+        let (backend, park) = (self.backend.clone(), self.parker(id, caller));
+        self.readers.run(Box::new(move || match attempt(backend.as_ref(), &op) {
+            Attempt::Ready(outcome) => reply_to_read(reply)(outcome),
+            Attempt::Wait => park(op, reply_to_read(reply)),
+        }));
     }
 
     /// Writes all of `data`. With `durable` (`O_SYNC`, `O_DSYNC`, `RWF_DSYNC`) it is write plus
@@ -286,7 +317,7 @@ impl<B: Backend> Fs<B> {
             Attempt::Ready(result) => written(result),
             Attempt::Wait => {
                 let op = DataOp::Write { id, view, offset, data: data.to_vec() };
-                self.park_op(id, caller, op, move |outcome| written(outcome.map(|_| ())));
+                self.parker(id, caller)(op, move |outcome: Result<_, _>| written(outcome.map(|_| ())));
             }
         }
     }

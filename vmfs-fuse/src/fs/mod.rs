@@ -4,7 +4,7 @@
 //!
 //! - `tree`, `claims`: the names; `names`, `rename`: operations on them; `attrs`: stat, chmod, xattrs
 //! - `files`: handles; `data`: what is done to an image's content; `flock`, [`locks`]: byte-range locks
-//! - `wait`, `park`: what cannot be answered now
+//! - `wait`, `park`: what cannot be answered now; `readers`: threads for reads that wait for the disk
 //!
 //! Invariants: namespace operations never wait for the network (the caller may hold kernel locks
 //! that others need); no call blocks on anything but the local disk; every reply is given exactly
@@ -18,6 +18,7 @@ mod flock;
 pub mod locks;
 mod names;
 mod park;
+mod readers;
 mod rename;
 #[cfg(test)]
 mod tests;
@@ -44,6 +45,7 @@ pub use wait::Caller;
 
 use claims::{Chores, Laid};
 use flock::FileLocks;
+use readers::Readers;
 use tree::Tree;
 use wait::Waits;
 
@@ -162,6 +164,7 @@ pub struct Fs<B> {
     laid: Mutex<Laid>,
     park: Arc<park::Park>,
     waits: Waits,
+    readers: Readers,
     kernel: OnceLock<Box<dyn KernelCache>>,
     closed: Arc<(Mutex<bool>, Condvar)>,
     shut: AtomicBool,
@@ -220,6 +223,7 @@ impl<B: Backend> Fs<B> {
             laid: Mutex::default(),
             park: Arc::default(),
             waits: Waits::start()?,
+            readers: Readers::default(),
             kernel: OnceLock::new(),
             closed: Arc::default(),
             shut: AtomicBool::new(false),

@@ -69,28 +69,30 @@ fn write_draft(content: &Content, state: &ImageState, end_bytes: u64) -> Draft {
     }
 }
 
-/// Reads bytes through a function that reads whole blocks.
+/// Reads bytes through a function that reads whole blocks and says whether it has.
 fn read_bytes(
     size_bytes: u64,
     offset: u64,
     len: usize,
     buf: &mut Vec<u8>,
-    read: impl Fn(BlockIndex, &mut [u8]) -> Result<(), StoreError>,
-) -> Result<(), StoreError> {
+    read: impl Fn(BlockIndex, &mut [u8]) -> Result<bool, StoreError>,
+) -> Result<bool, StoreError> {
     buf.clear();
     let end = size_bytes.min(offset.saturating_add(len as u64));
     if offset >= end {
-        return Ok(());
+        return Ok(true);
     }
     let skip = usize::try_from(offset % BLOCK_BYTES_U64).expect("invariant: below 4096");
     let want = usize::try_from(end - offset).expect("invariant: at most len");
     buf.resize((skip + want).next_multiple_of(BLOCK_BYTES), 0);
-    read(BlockIndex::containing(offset), buf)?;
+    if !read(BlockIndex::containing(offset), buf)? {
+        return Ok(false);
+    }
     if skip > 0 {
         buf.drain(..skip);
     }
     buf.truncate(want);
-    Ok(())
+    Ok(true)
 }
 
 impl Image {
@@ -99,10 +101,36 @@ impl Image {
     /// # Errors
     /// [`IoError::Wait`] while reads are frozen or a damaged block is being repaired.
     pub fn read(&self, lineage: u64, offset: u64, len: usize, buf: &mut Vec<u8>) -> Result<(), IoError> {
+        let read = |start, out: &mut [u8]| self.store.read(start, out).map(|()| true);
+        self.read_with(lineage, offset, len, buf, read).map(|_| ())
+    }
+
+    /// As [`Image::read`] if the bytes are in memory. Else begins to fetch them and returns false.
+    ///
+    /// # Errors
+    /// As [`Image::read`].
+    pub fn read_soon(
+        &self,
+        lineage: u64,
+        offset: u64,
+        len: usize,
+        buf: &mut Vec<u8>,
+    ) -> Result<bool, IoError> {
+        self.read_with(lineage, offset, len, buf, |start, out| self.store.read_soon(start, out))
+    }
+
+    fn read_with(
+        &self,
+        lineage: u64,
+        offset: u64,
+        len: usize,
+        buf: &mut Vec<u8>,
+        read: impl Fn(BlockIndex, &mut [u8]) -> Result<bool, StoreError>,
+    ) -> Result<bool, IoError> {
         self.check_lineage(lineage)?;
         self.check_readable()?;
         let size = self.size_bytes.load(Ordering::Acquire);
-        read_bytes(size, offset, len, buf, |b, out| self.store.read(b, out)).map_err(|e| self.bad_block(e))
+        read_bytes(size, offset, len, buf, read).map_err(|e| self.bad_block(e))
     }
 
     /// Reads bytes of a pinned state.
@@ -111,7 +139,8 @@ impl Image {
     /// As [`Image::read`].
     pub fn read_view(&self, view: &View, offset: u64, len: usize, buf: &mut Vec<u8>) -> Result<(), IoError> {
         let size = view.state().size_bytes;
-        read_bytes(size, offset, len, buf, |b, out| view.read(b, out)).map_err(|e| self.bad_block(e))
+        let read = |start, out: &mut [u8]| view.read(start, out).map(|()| true);
+        read_bytes(size, offset, len, buf, read).map(|_| ()).map_err(|e| self.bad_block(e))
     }
 
     /// Writes bytes at any offset. Visible at once, durable after a flush.
