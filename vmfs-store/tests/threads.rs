@@ -159,3 +159,34 @@ fn promises_of_many_images_share_syncs() {
         assert_eq!(**store.get_meta(ImageId::from_bytes([n; 16])).unwrap(), 49u64.to_le_bytes());
     }
 }
+
+#[test]
+fn a_read_that_does_not_wait_says_so_and_begins_to_fetch() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FileDisk::open(dir.path()).unwrap());
+    let store = Store::create(disk, DATASTORE, HOST, STORE, small()).unwrap();
+    let image = store.create_image(IMAGE, MemberRole::Replica).unwrap();
+    let (mut maker, genesis) = Maker::genesis(IMAGE);
+    append(&image, &genesis, &[]).unwrap();
+    // Blocks from two places in the log, and a hole between them.
+    for start in [0, 3] {
+        let data = [block(start, 1), block(start + 1, 2)].concat();
+        let (u, payload) = maker.write(start, &data, Seq::ZERO);
+        append(&image, &u, &payload).unwrap();
+    }
+    image.sync().unwrap();
+    let want = [block(0, 1), block(1, 2), vec![0; 4096], block(3, 1), block(4, 2)].concat();
+    for file in std::fs::read_dir(dir.path().join("seg")).unwrap() {
+        let file = std::fs::File::open(file.unwrap().path()).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    }
+    let mut got = vec![1; want.len()];
+    // False at first, unless the file system is in memory altogether.
+    if !image.read_soon(BlockIndex(0), &mut got).unwrap() {
+        image.read(BlockIndex(0), &mut got).unwrap();
+        assert!(got == want);
+        got.fill(1);
+        assert!(image.read_soon(BlockIndex(0), &mut got).unwrap(), "it has just been read");
+    }
+    assert!(got == want);
+}

@@ -432,6 +432,11 @@ impl Backend for MemBackend {
         Attempt::Ready(self.view(id, view, |content| content.read(offset, u64::from(len), buf)))
     }
 
+    /// Nothing is ever in memory.
+    fn read_soon(&self, _: ImageId, _: View, _: u64, _: u32, _: &mut Vec<u8>) -> Option<Attempt<()>> {
+        None
+    }
+
     fn write(&self, id: ImageId, view: View, offset: u64, data: &[u8]) -> Attempt<()> {
         self.with_writer(id, Some(view), |image| {
             image.content.write(offset, data);

@@ -295,6 +295,33 @@ fn parked_writes_are_done_in_order_when_the_image_thaws() {
 }
 
 #[test]
+fn while_one_read_waits_for_the_disk_others_are_done_by_other_threads_and_wait_like_any() {
+    let rig = Rig::new();
+    rig.create("f");
+    let (id, ino) = (rig.backend.id_at("f").unwrap(), resolve(&rig.fs, "f").unwrap());
+    let fh = rig.fs.open(ino, libc::O_RDWR).unwrap().fh;
+    wait(|r| rig.fs.write(fh, 0, b"content", false, NOBODY, r)).unwrap();
+    let reader = || {
+        let (tx, rx) = mpsc::channel();
+        let here = std::thread::current().id();
+        rig.fs.read(fh, 3, 100, NOBODY, move |read| {
+            let elsewhere = std::thread::current().id() != here;
+            tx.send((read.map(<[u8]>::to_vec), elsewhere)).unwrap();
+        });
+        rx
+    };
+    assert_eq!(reader().try_recv(), Ok((Ok(b"tent".to_vec()), false)), "a lone read is done in place");
+    let turn = rig.fs.readers.turn();
+    assert_eq!(reader().recv(), Ok((Ok(b"tent".to_vec()), true)));
+    rig.backend.freeze(id);
+    let parked = reader();
+    rig.backend.thaw(id);
+    assert_eq!(parked.recv(), Ok((Ok(b"tent".to_vec()), true)));
+    drop(turn);
+    assert_eq!(reader().try_recv(), Ok((Ok(b"tent".to_vec()), false)));
+}
+
+#[test]
 fn an_engine_that_asks_for_a_hand_over_learns_of_locks() {
     let rig = Rig::new();
     rig.create("f");
