@@ -31,7 +31,7 @@ use crate::records::{Next, Records};
 use crate::scrub::described;
 use crate::segment::{Class, Segment, file_name};
 use crate::shadow::{self, BlocksRecord, Origin};
-use crate::view::read_entries;
+use crate::view::{Wait, read_entries};
 use crate::writer::{RECORD_BLOCKS_MAX, RECORD_FIXED, SegmentWriter};
 
 /// Bytes that one block takes in a record: checksum, index, digest.
@@ -368,10 +368,11 @@ impl ImageStore {
         }
         let mut data = vec![0u8; batch.len() * BLOCK_BYTES];
         let entries: Vec<Entry> = batch.iter().map(|h| h.entry).collect();
-        if read_entries(&self.shared, &content.segments, 0, &entries, &mut data).is_err() {
+        if read_entries(&self.shared, &content.segments, 0, &entries, &mut data, Wait::ForDisk).is_err() {
             // One by one: those that cannot be read, or are not what the map says, fail the check of digests.
             for (entry, piece) in entries.iter().zip(data.chunks_exact_mut(BLOCK_BYTES)) {
-                if read_entries(&self.shared, &content.segments, 0, &[*entry], piece).is_err() {
+                if read_entries(&self.shared, &content.segments, 0, &[*entry], piece, Wait::ForDisk).is_err()
+                {
                     piece.fill(0);
                 }
             }
