@@ -234,6 +234,10 @@ impl Inner {
         self.syncs += 1;
         let failed = self.faults.fail_syncs;
         let entered = self.enter("sync");
+        if self.faults.stop_at.is_some_and(|s| self.calls > s) {
+            // A process that has ended makes no calls: its pages stay as dirty as they were.
+            return entered;
+        }
         let file = self.file(id)?;
         for page in file.pages.values_mut().filter(|p| p.dirty) {
             page.dirty = false;
@@ -302,7 +306,8 @@ impl SimDisk {
     pub fn fail_call(&self, n: Option<u64>) {
         self.0.lock().faults.fail_at = n;
     }
-    /// The call with number `n` and all later ones fail: follow with [`SimDisk::power_cut`].
+    /// The process ends at the call with number `n`: that and all later ones fail and do nothing. Follow with
+    /// [`SimDisk::power_cut`] or [`SimDisk::kill`].
     pub fn stop_at_call(&self, n: Option<u64>) {
         self.0.lock().faults.stop_at = n;
     }

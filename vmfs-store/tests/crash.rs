@@ -321,28 +321,38 @@ impl Sim {
                 self.check_forks();
                 Ok(())
             }
-            _ => self.crash(false),
+            _ => self.crash(),
         }
     }
 
-    /// The end of a process: what is on the disk, or what is in the cache, is opened again.
-    fn crash(&mut self, stopped: bool) -> Done {
-        self.crashes += 1;
-        // Calls that failed because the power went are not followed by a living page cache.
-        let kill = self.rng.below(3) == 0 && !stopped;
+    /// The process is killed, or the power goes. True: killed.
+    fn stop(&mut self) -> bool {
+        let kill = self.rng.below(3) == 0;
         let seed = self.rng.below(u64::MAX);
         self.disk = if kill { self.disk.kill() } else { self.disk.power_cut(seed) };
+        kill
+    }
+
+    /// The end of a process: what is on the disk, or what is in the cache, is opened again.
+    fn crash(&mut self) -> Done {
+        self.crashes += 1;
+        let kill = self.stop();
+        let mut told = None;
         if self.rng.below(4) == 0 {
-            // Again, in the middle of the recovery.
-            self.disk.stop_at_call(Some(self.disk.calls() + self.rng.below(12)));
-            drop(open(&self.disk, config(self.seed)));
-            let seed = self.rng.below(u64::MAX);
-            self.disk = self.disk.power_cut(seed);
+            // Again, in the middle of the recovery (some thirty calls), or soon after it.
+            self.disk.stop_at_call(Some(self.disk.calls() + self.rng.below(50)));
+            let opened = open(&self.disk, config(self.seed)).ok();
+            told = opened.and_then(|s| s.image(IMAGE)).map(|i| i.head());
+            self.stop();
         }
         self.store = open(&self.disk, config(self.seed)).unwrap();
         assert_eq!(self.store.damaged(), []);
         self.image = self.store.image(IMAGE).expect("the image is there");
         let head = self.image.head();
+        assert!(
+            told.is_none_or(|t| t == head),
+            "the recovery before this one reported {told:?}, not {head:?}"
+        );
         if trace() {
             eprintln!(
                 "crash {kill}: head {head:?}, floor {:?} also {:?}",
@@ -410,19 +420,15 @@ fn run(seed: u64, steps: u64) -> u64 {
     let mut sim = Sim::new(seed);
     for _ in 0..steps {
         let armed = sim.rng.below(12) == 0;
-        let mut stopped = false;
         if armed {
             let n = sim.disk.calls() + sim.rng.below(10);
             match sim.rng.below(4) {
                 0 => sim.disk.fail_call(Some(n)),
                 1 => sim.disk.fail_syncs(true),
-                _ => {
-                    stopped = true;
-                    sim.disk.stop_at_call(Some(n));
-                }
+                _ => sim.disk.stop_at_call(Some(n)),
             }
             if trace() {
-                eprintln!("armed from call {n}, stopped {stopped}");
+                eprintln!("armed from call {n}");
             }
         }
         let done = sim.step();
@@ -434,7 +440,7 @@ fn run(seed: u64, steps: u64) -> u64 {
             other => other.is_err(),
         };
         if failed || armed {
-            sim.crash(stopped).unwrap();
+            sim.crash().unwrap();
         }
     }
     sim.model.check(&sim.image);

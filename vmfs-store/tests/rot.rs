@@ -267,3 +267,51 @@ fn a_lost_generation_limit_never_brings_an_older_one_back() {
         }
     }
 }
+
+/// Opens what is left with each superblock damaged in turn, and gives each head found.
+fn heads_with_a_superblock_lost(disk: &SimDisk) -> Vec<vmfs_common::Head> {
+    let head = |slot: u64| {
+        let disk = disk.kill();
+        assert!(disk.flip_bit(&format!("map/{IMAGE}"), slot * 4096 + 50, 1));
+        open(&disk, small()).unwrap().image(IMAGE).unwrap().head()
+    };
+    (0..2).map(head).collect()
+}
+
+/// Both checkpoints are of what is cut off: neither may be what a recovery begins from when the other is lost.
+#[test]
+fn a_lineage_that_was_rolled_back_does_not_return_when_a_superblock_is_lost() {
+    let mut rig = Rig::new();
+    rig.write(0, &[1, 2, 3]);
+    let to = rig.model.head();
+    for i in 0..20 {
+        rig.write(i, &[i + 10]);
+        if i % 8 == 7 {
+            // Else the checkpoint before this one would be kept.
+            rig.image.set_commit(rig.image.sync().unwrap().seq);
+            rig.image.checkpoint().unwrap();
+        }
+    }
+    rig.image.roll_back(to, false).unwrap();
+    assert_eq!(heads_with_a_superblock_lost(&rig.disk), [to, to]);
+    assert_eq!(heads_with_a_superblock_lost(&rig.disk.power_cut(1)), [to, to]);
+}
+
+#[test]
+fn a_log_that_was_replaced_does_not_return_when_a_superblock_is_lost() {
+    let mut rig = Rig::new();
+    for i in 0..20 {
+        rig.write(i, &[i + 10]);
+        if i % 8 == 7 {
+            rig.image.checkpoint().unwrap();
+        }
+    }
+    let import = rig.image.begin_import(true).unwrap();
+    let mut state = (*rig.image.state()).clone();
+    let base = rig.maker.next_epoch(9, &state.tip);
+    state.apply(&base);
+    import.finish(&base, state, false).unwrap();
+    let to = base.head();
+    assert_eq!(heads_with_a_superblock_lost(&rig.disk), [to, to]);
+    assert_eq!(heads_with_a_superblock_lost(&rig.disk.power_cut(1)), [to, to]);
+}
