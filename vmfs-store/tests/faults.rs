@@ -145,6 +145,10 @@ fn a_full_disk_refuses_data_and_takes_control_updates() {
     assert!(matches!(full, StoreError::Full), "{full}");
     assert_eq!(rig.image.latched(), None);
     rig.model.check(&rig.image);
+    assert!(
+        rig.disk.free_bytes().unwrap() >= rig.cfg.reserve_bytes / 4,
+        "data took what is kept for promises"
+    );
     // The update that got no space was never made: the chain goes on from the head.
     let tip = rig.image.state().tip;
     for n in 0..100u64 {
@@ -183,6 +187,33 @@ fn a_full_disk_refuses_data_and_takes_control_updates() {
         rig.store.free_bytes()
     );
     rig.write(3, &[99_999]);
+    rig.model.check(&rig.image);
+}
+
+/// Something else took the disk's last byte: what a promise and an epoch need comes out of the reserve.
+#[test]
+fn control_updates_and_promises_live_on_the_reserve_when_nothing_else_is_free() {
+    let cfg = StoreConfig { reserve_bytes: 1 << 20, ..small() };
+    let mut rig = Rig::with(SimDisk::new(4 << 20), cfg);
+    rig.write(1, &[1, 2, 3]);
+    rig.image.sync().unwrap();
+    rig.disk.set_capacity_bytes(rig.disk.used_bytes());
+    assert_eq!(rig.disk.free_bytes().unwrap(), 0);
+    for n in 0..400u64 {
+        let u = rig.maker.op(vmfs_common::chain::Draft::op(Op::Unlink), Seq::ZERO);
+        let r =
+            rig.image.reserve(u.bytes.len(), 0, Space::Control).unwrap_or_else(|e| panic!("update {n}: {e}"));
+        rig.image.append(r, &u, &[]).unwrap();
+        rig.model.push(&u, &[], |_| {});
+    }
+    let head = rig.image.sync().unwrap();
+    for n in 0..40u64 {
+        rig.store.put_meta(IMAGE, &n.to_le_bytes()).unwrap();
+    }
+    rig.image.checkpoint().unwrap();
+    rig.reopen(rig.disk.power_cut(1));
+    assert_eq!(rig.image.head(), head);
+    assert_eq!(**rig.store.get_meta(IMAGE).unwrap(), 39u64.to_le_bytes());
     rig.model.check(&rig.image);
 }
 
