@@ -169,7 +169,7 @@ impl Scratch {
     }
 }
 
-/// The first test that nextest says has failed.
+/// The first test that nextest says has failed; on a busy machine one that ran out of time proves nothing.
 fn failed_test(text: &str) -> Option<String> {
     let line = text.lines().map(str::trim).find(|l| {
         ["FAIL [", "TIMEOUT [", "SIGABRT [", "SIGSEGV [", "ABORT ["].iter().any(|s| l.starts_with(s))
@@ -179,7 +179,7 @@ fn failed_test(text: &str) -> Option<String> {
     let test = test
         .trim()
         .trim_start_matches(|c: char| c == '(' || c == '/' || c == ')' || c.is_ascii_digit() || c == ' ');
-    Some(test.to_owned())
+    Some(if line.starts_with("TIMEOUT") { format!("{test} (ran out of time)") } else { test.to_owned() })
 }
 
 fn copy_if_changed(from: &Path, to: &Path) -> io::Result<()> {
@@ -216,6 +216,8 @@ mod tests {
         assert_eq!(failed_test(old).as_deref(), Some("vmfs-proto::model promotion"));
         let new = "        FAIL [   0.512s] ( 3/12) vmfs-store::crash any_crash\n";
         assert_eq!(failed_test(new).as_deref(), Some("vmfs-store::crash any_crash"));
+        let late = "     TIMEOUT [ 300.423s] (1/1) vmfs-store::crash any_crash\n";
+        assert_eq!(failed_test(late).as_deref(), Some("vmfs-store::crash any_crash (ran out of time)"));
         assert_eq!(failed_test("error: could not compile `vmfs-proto`"), None);
     }
 }

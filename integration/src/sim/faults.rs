@@ -45,7 +45,7 @@ impl Plan {
             promotions: some(7),
             members: some(4),
             wipes: some(2),
-            forced: some(1),
+            forced: some(2),
             replays: some(3),
             rot: some(2),
             liar: some(2),
@@ -89,7 +89,7 @@ impl World {
                 self.order(from, |token| Input::Handover { to, token });
             }
             2 | 3 if plan.members => self.change_members(),
-            4 if plan.forced && self.rng.one_in(6) => {
+            4 if plan.forced && self.rng.one_in(3) => {
                 self.order(at, |token| Input::Promote { force: true, token });
             }
             5 if self.rng.one_in(10) => {

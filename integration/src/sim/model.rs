@@ -5,10 +5,17 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use vmfs_common::policy::{Acks, OnQuorumLoss};
-use vmfs_common::{BLOCK_BYTES, Digest, Head};
+use vmfs_common::{BLOCK_BYTES, BLOCK_BYTES_U64, Digest, Head};
 
 /// Blocks of the simulated image.
 pub(crate) const BLOCKS: usize = 160;
+/// Where in the image they are: across the border between two leaves of the block map, so that it has two levels.
+pub(crate) const FIRST_BLOCK: u64 = 512 - BLOCKS as u64 / 2;
+
+/// The size of an image whose last block in use is number `blocks` of the model's.
+pub(crate) const fn size_bytes(blocks: usize) -> u64 {
+    if blocks == 0 { 0 } else { (FIRST_BLOCK + blocks as u64) * BLOCK_BYTES_U64 }
+}
 /// Content is remembered at every so many updates.
 const SNAPSHOT_EVERY: u64 = 32;
 
@@ -174,7 +181,7 @@ impl Model {
         }
         Ok(())
     }
-    fn ancestor_at(&self, ix: Ix, seq: u64) -> Ix {
+    pub(crate) fn ancestor_at(&self, ix: Ix, seq: u64) -> Ix {
         let depth = |i: Ix| self.nodes[i].head.seq.0;
         let mut at = ix;
         while depth(at) > seq {

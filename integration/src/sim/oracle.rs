@@ -14,7 +14,7 @@ use vmfs_store::{ForkInfo, Store};
 use super::At;
 use super::host::IMAGE;
 use super::link::Packet;
-use super::model::{BLOCKS, Effect, Ix};
+use super::model::{BLOCKS, Effect, FIRST_BLOCK, Ix, size_bytes};
 use super::tenure::{Acked, Served};
 use super::world::World;
 
@@ -168,15 +168,15 @@ impl World {
         let store = copy.store.clone();
         let head = store.head();
         let Some(ix) = self.head_ix(at, head) else { return };
-        let size = self.model.node(ix).blocks * BLOCK_BYTES;
-        if store.state().size_bytes != size as u64 {
+        let size = size_bytes(self.model.node(ix).blocks);
+        if store.state().size_bytes != size {
             self.fail(format!("host {at} at {head:?} has {} bytes, not {size}", store.state().size_bytes));
         }
         if store.kind() == MemberRole::Witness {
             return;
         }
         let mut bytes = vec![0u8; count * BLOCK_BYTES];
-        if let Err(e) = store.read(BlockIndex(first as u64), &mut bytes) {
+        if let Err(e) = store.read(BlockIndex(FIRST_BLOCK + first as u64), &mut bytes) {
             return self.store_error(at, &e, "reading blocks");
         }
         self.counts.blocks_checked += count as u64;
@@ -201,7 +201,7 @@ impl World {
             return;
         };
         let mut bytes = vec![0u8; BLOCKS * BLOCK_BYTES];
-        match view.read(BlockIndex(0), &mut bytes) {
+        match view.read(BlockIndex(FIRST_BLOCK), &mut bytes) {
             Ok(()) => {
                 if let Err(e) = self.model.check(ix, 0, &bytes) {
                     self.fail(format!("a pinned state of host {at}: {e}"));

@@ -6,14 +6,14 @@ use vmfs_common::hash::block_digest;
 use vmfs_common::header::FORMAT_LEVEL;
 use vmfs_common::op::{Attrs, Op};
 use vmfs_common::policy::{Acks, ImagePolicy, MemberList, MemberRole, OnQuorumLoss};
-use vmfs_common::{BLOCK_BYTES, BLOCK_BYTES_U64, BlockCount, BlockIndex};
+use vmfs_common::{BLOCK_BYTES, BlockCount, BlockIndex};
 use vmfs_proto::{Gate, Input, Machine, Wait};
 use vmfs_store::Space;
 
 use super::At;
 use super::faults::Plan;
 use super::host::IMAGE;
-use super::model::{BLOCKS, Effect, Fills, block_bytes};
+use super::model::{BLOCKS, Effect, FIRST_BLOCK, Fills, block_bytes, size_bytes};
 use super::world::World;
 
 /// One whole run: `ticks` actions under faults, then convergence.
@@ -111,7 +111,7 @@ impl World {
     fn random_change(&mut self) -> (Effect, Draft, Vec<u8>) {
         let op = |op, start: usize, count: usize| Draft {
             op,
-            start: BlockIndex(start as u64),
+            start: BlockIndex(FIRST_BLOCK + start as u64),
             count: BlockCount(count as u64),
             digests: Vec::new(),
             flags: 0,
@@ -122,11 +122,11 @@ impl World {
         match self.rng.below(20) {
             0 => {
                 let blocks = self.rng.index(BLOCKS + 1);
-                let size_bytes = blocks as u64 * BLOCK_BYTES_U64;
+                let size_bytes = size_bytes(blocks);
                 (Effect::Resize { blocks }, Draft::op(Op::Resize { size_bytes }), Vec::new())
             }
             1 | 2 => {
-                let size_after_bytes = Some((start + count) as u64 * BLOCK_BYTES_U64);
+                let size_after_bytes = Some(size_bytes(start + count));
                 let draft = op(Op::Zero { size_after_bytes }, start, count);
                 (Effect::Zero { start, count }, draft, Vec::new())
             }
@@ -147,7 +147,7 @@ impl World {
                         payload.extend_from_slice(&block);
                     }
                 }
-                let size_after_bytes = Some((start + count) as u64 * BLOCK_BYTES_U64);
+                let size_after_bytes = Some(size_bytes(start + count));
                 let draft = Draft { digests, ..op(Op::Write { size_after_bytes }, start, count) };
                 (Effect::Write { start, fills }, draft, payload)
             }

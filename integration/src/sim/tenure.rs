@@ -177,10 +177,14 @@ impl World {
             return Some(format!("ends at {:?} of {}", last.head, last.time_ns));
         }
         let later = later?;
-        // The update named must exist, and have been durable somewhere; by a quorum, where one is needed.
+        // The update named must exist, and have been durable somewhere; by a quorum, where one is needed. A copy
+        // that has gone on into a later epoch holds it, too.
         let named = |ix: Ix| {
-            let head = self.model.node(ix).head;
-            head.epoch == last.head.epoch && head.seq.0 >= seq.0 + later && self.model.contains(ix, end)
+            let upto = seq.0 + later;
+            let at = (self.model.node(ix).head.seq.0 >= upto).then(|| self.model.ancestor_at(ix, upto));
+            at.is_some_and(|at| {
+                self.model.node(at).head.epoch == last.head.epoch && self.model.contains(at, end)
+            })
         };
         let holders = self.oracle.ever_durable.values().filter(|all| all.iter().any(|ix| named(*ix))).count();
         let need = if self.oracle.lax_ever { 1 } else { 2 };
