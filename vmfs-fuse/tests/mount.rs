@@ -55,10 +55,11 @@ fn tools_copy_sparse_files_and_odd_sizes() {
 fn fallocate_zero_punch_and_seek_agree() {
     let rig = Rig::new();
     rig.write("f", &[7; 100_000]);
-    rig.sh("fallocate -p -o 8192 -l 40000 f; fallocate -z -o 60000 -l 100 f; fallocate -l 200000 f; fallocate -n -o 300000 -l 10 f");
+    rig.sh("fallocate -p -o 8192 -l 40000 f; fallocate -z -o 60000 -l 100 f; fallocate -z -n -o 90000 -l 50000 f; test $(stat -c %s f) = 100000; fallocate -l 200000 f; fallocate -n -o 300000 -l 10 f");
     let mut want = vec![7; 100_000];
     want[8192..48192].fill(0);
     want[60000..60100].fill(0);
+    want[90000..].fill(0);
     want.resize(200_000, 0);
     assert_eq!(fs::read(rig.path("f")).unwrap(), want);
     let file = rig.rw("f", 0);
@@ -320,6 +321,41 @@ fn synchronous_writes_flush_and_others_do_not() {
     assert!(rig.backend.flushes() > once);
 }
 
+/// After a cached write the kernel itself asks for an fsync; after a direct one nobody else does.
+#[test]
+fn direct_synchronous_writes_flush_before_they_answer() {
+    let rig = Rig::new();
+    rig.write("f", &[0; 4096]);
+    let before = rig.backend.flushes();
+    rig.rw("f", libc::O_DIRECT).write_all_at(&[1; 4096], 0).unwrap();
+    assert_eq!(rig.backend.flushes(), before);
+    for sync in [libc::O_DSYNC, libc::O_SYNC] {
+        let before = rig.backend.flushes();
+        rig.rw("f", libc::O_DIRECT | sync).write_all_at(&[2; 4096], 0).unwrap();
+        assert!(rig.backend.flushes() > before);
+    }
+    rig.backend.fail_flushes(true);
+    let direct = rig.rw("f", libc::O_DIRECT | libc::O_DSYNC);
+    assert_eq!(errno(direct.write_all_at(&[3; 4096], 0)), libc::EIO);
+}
+
+#[test]
+fn every_fsync_asks_the_engine_and_says_what_it_says() {
+    let rig = Rig::new();
+    let file = rig.rw("f", 0);
+    file.write_all_at(b"x", 0).unwrap();
+    for sync in [File::sync_all, File::sync_data] {
+        let before = rig.backend.flushes();
+        sync(&file).unwrap();
+        assert_eq!(rig.backend.flushes(), before + 1);
+    }
+    rig.backend.fail_flushes(true);
+    assert_eq!(errno(file.sync_data()), libc::EIO);
+    assert_eq!(errno(rig.rw("f", libc::O_DSYNC).write_all_at(b"y", 0)), libc::EIO);
+    rig.backend.fail_flushes(false);
+    file.sync_data().unwrap();
+}
+
 #[test]
 fn attributes_and_extended_attributes_stick() {
     let rig = Rig::new();
@@ -396,6 +432,19 @@ fn a_handle_from_before_a_roll_back_is_dead_and_the_cache_is_dropped() {
     drop(file);
     rig.rw("f", 0).write_all_at(b"E", 0).unwrap();
     assert_eq!(fs::read(rig.path("f")).unwrap(), b"Earlier");
+}
+
+/// Even before the mount has told the kernel what changed.
+#[test]
+fn the_first_open_after_another_owner_wrote_shows_what_it_wrote() {
+    let rig = Rig::new();
+    rig.write("f", b"before");
+    assert_eq!(fs::read(rig.path("f")).unwrap(), b"before");
+    let id = rig.backend.id_at("f").unwrap();
+    rig.backend.set_owner(id, false);
+    rig.backend.replicate(id, 0, b"later!");
+    rig.backend.set_owner(id, true);
+    assert_eq!(fs::read(rig.path("f")).unwrap(), b"later!");
 }
 
 #[test]

@@ -44,6 +44,8 @@ struct State {
     next: u64,
     /// Flushes stay unanswered.
     hold_flushes: bool,
+    /// Flushes are answered with an error.
+    fail_flushes: bool,
     flushes: u64,
     claimed_elsewhere: Vec<String>,
     events: Vec<String>,
@@ -189,6 +191,10 @@ impl MemBackend {
             std::mem::take(&mut image.wakes)
         };
         wakes.into_iter().for_each(|wake| wake());
+    }
+
+    pub(crate) fn fail_flushes(&self, fail: bool) {
+        self.state.lock().fail_flushes = fail;
     }
 
     pub(crate) fn hold_flushes(&self, hold: bool) {
@@ -493,6 +499,10 @@ impl Backend for MemBackend {
     fn flush(&self, id: ImageId, _view: Option<View>, done: Done<()>) {
         let mut state = self.state.lock();
         state.flushes += 1;
+        if state.fail_flushes {
+            drop(state);
+            return done(Err(Errno::IO));
+        }
         let hold = state.hold_flushes;
         let Some(image) = state.images.get_mut(&id) else { return done(Err(Errno::NOENT)) };
         if hold {
