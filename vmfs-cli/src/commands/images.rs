@@ -308,7 +308,7 @@ mod tests {
             last_update_ms: 0,
         };
         let text = render_info(&info);
-        assert!(text.contains("last update:  812 at 1970-01-01 00:00:00 UTC\n"), "{text}");
+        assert!(text.contains("last update:    812 at 1970-01-01 00:00:00 UTC\n"), "{text}");
         assert!(text.contains("b       replica  catching-up  812      800  12 MiB\n"), "{text}");
         let json = serde_json::to_value(&info).unwrap();
         assert_eq!((&json["path"], &json["policy"]["quorum"]), (&"vm/a.img".into(), &2.into()));
