@@ -155,8 +155,9 @@ impl Machine {
         let Some(walk) = self.walk.take_if(|w| w.offered.host == from && w.offered.start == upto) else {
             return false;
         };
-        // Whoever is followed may have the content replaced, block by block.
-        let believed = walk.backed || !self.is_admitted();
+        // Whoever is followed may have the content replaced, block by block. A copy that was given up by
+        // order is to be replaced; the members it knows are those of its own lineage.
+        let believed = walk.backed || !self.is_admitted() || self.meta.has_given_up();
         if (matches!(self.role, RoleState::Follower) && believed) || self.quorum_has_moved_on(from) {
             self.follow(env, walk.offered, out);
         } else {
