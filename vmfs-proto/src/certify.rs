@@ -10,11 +10,12 @@ use vmfs_common::chain::{Refusal, Tip, check_extends, check_seal};
 use vmfs_common::election::{EpochStart, Mandate};
 use vmfs_common::header::Update;
 use vmfs_common::ids::{Head, HostId, Seq};
-use vmfs_common::msg::ImageMsg;
+use vmfs_common::msg::{ImageMsg, Occasion};
 use vmfs_common::op::Op;
 use vmfs_common::policy::MemberList;
 
 use crate::api::{Env, Output};
+use crate::candidate::Candidate;
 use crate::follower::Following;
 use crate::machine::{Machine, RoleState, send};
 
@@ -142,9 +143,9 @@ impl Machine {
     }
 
     /// The offering host's log does not reach back. A follower joins, and will be sent the blocks, if a
-    /// member that it knows has voted for that owner. A
-    /// former owner that bids is deposed when a quorum of the members it knows say that another has
-    /// owned the image since.
+    /// member that it knows has voted for that owner; so does a former owner that bids after a restart.
+    /// Another one is deposed when a quorum of the members it knows say that another has owned the image
+    /// since.
     pub(crate) fn walk_failed(
         &mut self,
         env: &mut Env<'_>,
@@ -158,7 +159,14 @@ impl Machine {
         // Whoever is followed may have the content replaced, block by block. A copy that was given up by
         // order is to be replaced; the members it knows are those of its own lineage.
         let believed = walk.backed || !self.is_admitted() || self.meta.has_given_up();
-        if (matches!(self.role, RoleState::Follower) && believed) || self.quorum_has_moved_on(from) {
+        // One that only asks for its image back after a restart has nothing more to lose than a follower.
+        let asks = |c: &Candidate| c.occasion == Occasion::Restart && !c.forcing;
+        let idle = match &self.role {
+            RoleState::Follower => true,
+            RoleState::Candidate(c) => asks(c),
+            _ => false,
+        };
+        if (idle && believed) || self.quorum_has_moved_on(from) {
             self.follow(env, walk.offered, out);
         } else {
             self.refuse(env, from, None, Refusal::BadCertificate, out);

@@ -77,8 +77,9 @@ impl World {
         self.oracle.acked.push(acked);
     }
 
-    /// True when every quorum has a sound member that holds `target`: with n members, q of them a quorum, and
-    /// any number that lie, at least n - q + 1 sound ones must hold it.
+    /// True when every quorum has a sound member with data that holds `target`: with n members, q of them a
+    /// quorum, and any number that lie or whose disks do, at least n - q + 1 sound ones must hold it. A witness
+    /// does not count: it knows of updates, and believes data members that have lost theirs without noticing.
     fn is_owed(&self, m: &Machine, target: Ix) -> bool {
         if self.hosts.iter().all(super::host::Host::is_sound) {
             return true;
@@ -88,7 +89,7 @@ impl World {
             let host = self.hosts.iter().find(|x| x.id.host == h).filter(|x| x.is_sound());
             host.is_some_and(|x| self.model.contains(x.known.durable, target))
         };
-        let sound = members.all().iter().filter(|x| holds(x.host)).count();
+        let sound = members.data_members().filter(|x| holds(x.host)).count();
         sound > members.len() - members.quorum()
     }
 
