@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use integration::harness::command::{bash, run};
 use integration::harness::guest::{GuestSpec, Journal, make_disk};
 use integration::harness::wait::secs;
-use integration::harness::{Cluster, bytes, until};
+use integration::harness::{Cluster, bytes, until, until_true};
 
 const MIB: usize = 1 << 20;
 const DISK_MIB: usize = 640;
@@ -153,4 +153,39 @@ fn full_disk_at_a_replica_parks_it_visibly_until_space_returns() {
         image.members.into_iter().find(|m| m.host == "c" && m.state == "in-sync")
     });
     cluster.assert_copies_identical("big");
+}
+
+/// The log on a full disk: what cannot be logged is lost, and nothing else. (The daemon ended at the first line
+/// that it could not write: seen when a disk with stores and logs ran full.)
+#[test]
+fn daemon_goes_on_when_its_log_cannot_be_written() {
+    use std::os::unix::process::CommandExt as _;
+    let cluster = Cluster::start("fulllog");
+    let pid = cluster.pid("b");
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+    let words: Vec<_> = line.split(|b| *b == 0).map(|w| String::from_utf8(w.to_vec()).unwrap()).collect();
+    let words: Vec<_> = words.into_iter().filter(|w| !w.is_empty()).collect();
+    cluster.kill9("b");
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut daemon = std::process::Command::new(program)
+        .arg0(&words[0])
+        .args(&words[1..])
+        .stdin(std::process::Stdio::null())
+        .stdout(full.try_clone().unwrap())
+        .stderr(full)
+        .spawn()
+        .unwrap();
+    until_true("b answers", secs(20), || {
+        daemon.try_wait().unwrap().is_some() || cluster.vmfs("b", &["status"]).status.success()
+    });
+    let file = std::fs::File::create_new(cluster.file("a", "logged")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 1 << 20], 0).unwrap();
+    file.sync_all().unwrap();
+    cluster.wait_in_sync("logged");
+    let ended = daemon.try_wait().unwrap();
+    assert!(ended.is_none(), "it ended: {ended:?}");
+    daemon.kill().unwrap();
+    let _ = daemon.wait().unwrap();
+    cluster.restart("b");
 }

@@ -1,5 +1,6 @@
 //! The `vmfs-replica` daemon (storage-only hosts and witnesses), and what both daemons share.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -109,7 +110,8 @@ pub fn run<M>(
     match started {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("{}: {}", program(), one_line(&e));
+            // Its disk may be full.
+            let _ = writeln!(std::io::stderr(), "{}: {}", program(), one_line(&e));
             ExitCode::FAILURE
         }
     }
@@ -142,6 +144,9 @@ fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&config.log).with_context(|| format!("log: {:?}", config.log))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would say on standard error, which is the log, that the log cannot be written, and panic when that
+        // fails: with the log on a full disk the daemon would be gone.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .try_init()
