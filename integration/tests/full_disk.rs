@@ -164,8 +164,8 @@ fn daemon_goes_on_when_its_log_cannot_be_written() {
     let pid = cluster.pid("b");
     let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
     let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap();
-    let words: Vec<_> = line.split(|b| *b == 0).map(|w| String::from_utf8(w.to_vec()).unwrap()).collect();
-    let words: Vec<_> = words.into_iter().filter(|w| !w.is_empty()).collect();
+    let words = line.split(|b| *b == 0).filter(|w| !w.is_empty());
+    let words: Vec<_> = words.map(|w| String::from_utf8(w.to_vec()).unwrap()).collect();
     cluster.kill9("b");
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
     let mut daemon = std::process::Command::new(program)

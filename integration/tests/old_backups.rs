@@ -23,9 +23,14 @@ fn back_up(cluster: &Cluster, host: &str) -> PathBuf {
     copy
 }
 
-fn put_back(cluster: &Cluster, host: &str, backup: &Path) {
-    std::fs::remove_dir_all(cluster.store(host)).unwrap();
-    copy_over(backup, &cluster.store(host));
+/// Kills `hosts`, and starts those with a backup again from it.
+fn put_all_back(cluster: &Cluster, hosts: &[&str], backups: &[(&str, PathBuf)]) {
+    hosts.iter().for_each(|host| cluster.kill9(host));
+    for (host, backup) in backups {
+        std::fs::remove_dir_all(cluster.store(host)).unwrap();
+        copy_over(backup, &cluster.store(host));
+        cluster.restart(host);
+    }
 }
 
 fn copy_over(from: &Path, to: &Path) {
@@ -74,13 +79,7 @@ fn content(cluster: &Cluster, host: &str) -> Vec<u8> {
 #[test]
 fn owner_outlives_a_majority_restored_from_old_backups_and_loses_nothing() {
     let (cluster, file, backups) = with_old_backups("oldbackup");
-    for (host, _) in &backups {
-        cluster.kill9(host);
-    }
-    for (host, backup) in &backups {
-        put_back(&cluster, host, backup);
-        cluster.restart(host);
-    }
+    put_all_back(&cluster, &["b", "c"], &backups);
     file.write_all_at(&[3; 4096], 0).unwrap();
     file.sync_all().unwrap();
     assert_eq!(cluster.owner(IMAGE).as_deref(), Some("a"));
@@ -96,11 +95,7 @@ fn owner_outlives_a_majority_restored_from_old_backups_and_loses_nothing() {
 fn after_all_were_down_the_newest_copy_wins_over_a_majority_of_old_ones() {
     let (cluster, file, backups) = with_old_backups("oldquorum");
     drop(file);
-    cluster.hosts().iter().for_each(|host| cluster.kill9(host));
-    for (host, backup) in &backups {
-        put_back(&cluster, host, backup);
-        cluster.restart(host);
-    }
+    put_all_back(&cluster, &cluster.hosts(), &backups);
     cluster.restart("a");
     until_true("a owns its image again", secs(60), || cluster.owner(IMAGE).as_deref() == Some("a"));
     cluster.assert_copies_identical(IMAGE);
@@ -113,11 +108,7 @@ fn after_all_were_down_the_newest_copy_wins_over_a_majority_of_old_ones() {
 fn content_newer_than_a_promoted_majority_of_old_copies_is_kept_as_a_fork() {
     let (cluster, file, backups) = with_old_backups("oldpromoted");
     drop(file);
-    cluster.hosts().iter().for_each(|host| cluster.kill9(host));
-    for (host, backup) in &backups {
-        put_back(&cluster, host, backup);
-        cluster.restart(host);
-    }
+    put_all_back(&cluster, &cluster.hosts(), &backups);
     let said = until("b is promoted", secs(60), || {
         let ran = cluster.vmfs("b", &["promote", IMAGE]);
         ran.status.success().then_some(ran.stdout)

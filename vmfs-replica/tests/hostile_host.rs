@@ -25,6 +25,17 @@ fn control(m: &ImageMsg) -> Bytes {
     Bytes::from(msg::encode(m))
 }
 
+/// Of the epoch that `start` begins.
+fn offer_of(start: &Update) -> ImageMsg {
+    ImageMsg::Offer {
+        head: start.head(),
+        start: start.head(),
+        log_start: Seq(1),
+        certificate: start.bytes.to_vec(),
+        role: MemberRole::Replica,
+    }
+}
+
 /// An epoch that `by` begins on `parent`, counted by `list`, with its own vote alone.
 fn usurp(by: &ByHand, id: ImageId, parent: &Tip, list: &MemberList) -> (OwnerChain, Update) {
     let secret = EpochSecret::from_bytes([3; 32]);
@@ -91,14 +102,7 @@ async fn a_host_that_makes_itself_the_only_member_is_not_followed() {
         let (_, start) = usurp(&world.stranger, fed.id, &Tip::of(&forged), &list);
         let before = world.count(fed.id, Refusal::BadCertificate);
         let mut stream = world.stranger.net.open_stream(world.stranger.replica, fed.id).unwrap();
-        let offer = ImageMsg::Offer {
-            head: start.head(),
-            start: start.head(),
-            log_start: Seq(1),
-            certificate: start.bytes.to_vec(),
-            role: MemberRole::Replica,
-        };
-        stream.send_control(control(&offer)).await.unwrap();
+        stream.send_control(control(&offer_of(&start))).await.unwrap();
         loop {
             match world.stranger.heard().await {
                 ImageMsg::FetchHeaders { upto, .. } if upto == start.head() => break,
@@ -142,14 +146,7 @@ async fn a_lineage_that_somebody_forced_is_not_followed_by_who_it_names() {
     let start = start.signed(tip.head.seq.next(), &tip.head.digest, by.identity.key());
     let (_, start) = OwnerChain::begin(secret, &tip, start, 3);
     let mut stream = by.net.open_stream(by.replica, fed.id).unwrap();
-    let offer = ImageMsg::Offer {
-        head: start.head(),
-        start: start.head(),
-        log_start: Seq(1),
-        certificate: start.bytes.to_vec(),
-        role: MemberRole::Replica,
-    };
-    stream.send_control(control(&offer)).await.unwrap();
+    stream.send_control(control(&offer_of(&start))).await.unwrap();
     until("the offer is refused", || world.count(fed.id, Refusal::Fork) == 1).await;
     send(&mut stream, &start, &[]).await;
     until("its EpochStart is refused", || world.count(fed.id, Refusal::NotOwner) == 1).await;
@@ -164,13 +161,6 @@ async fn an_offer_that_is_never_proven_does_not_shut_the_owner_out() {
     let list = MemberList::new(vec![world.stranger.member(MemberRole::Replica)]).unwrap();
     let (_, start) = usurp(&world.stranger, fed.id, fed.chain.tip(), &list);
     let mut stream = world.stranger.net.open_stream(world.stranger.replica, fed.id).unwrap();
-    let offer_of = |start: &Update| ImageMsg::Offer {
-        head: start.head(),
-        start: start.head(),
-        log_start: Seq(1),
-        certificate: start.bytes.to_vec(),
-        role: MemberRole::Replica,
-    };
     stream.send_control(control(&offer_of(&start))).await.unwrap();
     while !matches!(world.stranger.heard().await, ImageMsg::FetchHeaders { .. }) {}
     // The owner starts over, while the claim hangs; and again when it cannot be looked into. (Then the

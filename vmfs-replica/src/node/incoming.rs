@@ -15,7 +15,7 @@ use vmfs_proto::Input;
 use super::NodeInner;
 use super::ask::{Ask, Told, encode_told};
 use super::image::{Image, SealPin};
-use super::quota::{Pace, Quota, Quotas, Wasted};
+use super::quota::{Pace, Quota, Quotas, Wasted, cpu_time};
 
 /// Most updates, and about the most bytes, taken at a time.
 const BATCH_UPDATES_MAX: usize = 256;
@@ -160,7 +160,7 @@ impl Intake<'_> {
             Frame::Control(body) => body,
         };
         self.take_batch();
-        let began = Instant::now();
+        let began = cpu_time();
         let mut routine = false;
         match msg::decode::<ImageMsg>(&body) {
             Ok(message) => {
@@ -169,7 +169,7 @@ impl Intake<'_> {
             }
             Err(e) => self.node.refused("malformed-message", self.from, &e),
         }
-        self.wasted.add(1, began.elapsed(), routine);
+        self.wasted.add(1, cpu_time().saturating_sub(began), routine);
         Ok(body.len())
     }
 
@@ -183,10 +183,10 @@ impl Intake<'_> {
         }
         self.node.inline_syncs.note(self.image, self.node.now());
         let count = updates.len();
-        let began = Instant::now();
+        let began = cpu_time();
         let refused = self.node.image(self.image).map_or(count, |image| self.hand_over(&image, updates));
         if refused == count {
-            self.wasted.add(count, began.elapsed(), false);
+            self.wasted.add(count, cpu_time().saturating_sub(began), false);
         }
     }
 

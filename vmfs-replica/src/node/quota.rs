@@ -52,7 +52,19 @@ impl Quotas {
     }
 }
 
-/// Frames that led to nothing, and the time they took.
+/// The processor's time that this thread has had. What a peer is charged is what its frames cost, and not how
+/// long they waited for the image's lock while this host was busy with something else, such as taking over
+/// blocks that it has copied: an owner was not heard for minutes for the seconds that this had lasted.
+pub(super) fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec of ours; the clock is always there.
+    let got = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    assert_eq!(got, 0, "invariant: every thread has its clock");
+    let (s, ns) = (u64::try_from(time.tv_sec), u32::try_from(time.tv_nsec));
+    Duration::new(s.unwrap_or(0), ns.unwrap_or(0))
+}
+
+/// Frames that led to nothing, and the processor's time they took.
 #[derive(Debug, Default)]
 pub(super) struct Wasted {
     pub(super) frames: u32,
@@ -99,6 +111,17 @@ mod tests {
         let mut wasted = Wasted::default();
         wasted.add(frames, Duration::from_micros(us), routine);
         wasted
+    }
+
+    #[test]
+    fn waiting_costs_nothing_and_work_does() {
+        let began = cpu_time();
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(cpu_time() - began < Duration::from_millis(50));
+        let worked = Instant::now();
+        while cpu_time() - began < Duration::from_millis(60) {
+            assert!(worked.elapsed() < Duration::from_secs(60), "work is not counted");
+        }
     }
 
     #[tokio::test]
