@@ -10,7 +10,6 @@ use vmfs_common::msg::{ImageMsg, Occasion, VoteRefusal};
 use vmfs_common::policy::{Member, MemberList, MemberRole};
 
 use crate::api::{Env, Event, Output, Timing, Token};
-use crate::follower::BlockSync;
 use crate::loss::Loss;
 use crate::machine::{Machine, RoleState, op_done, send};
 use crate::ops::{Answer, OpError};
@@ -130,9 +129,6 @@ impl Machine {
         {
             return refuse(OpError::NotDataMember, out);
         }
-        if matches!(self.block_sync, BlockSync::Switching) {
-            return refuse(OpError::Busy, out);
-        }
         let mut persistent = false;
         match &mut self.role {
             RoleState::Owner(o) if o.is_open() && !force => return refuse(OpError::AlreadyOwner, out),
@@ -162,7 +158,6 @@ impl Machine {
             && self.kind == MemberRole::Replica
             && self.is_admitted()
             && self.state.head() == head
-            && !matches!(self.block_sync, BlockSync::Switching)
             && self.promised() <= self.epoch();
         if !fit {
             send(out, from, ImageMsg::HandoverDone { done: false });

@@ -11,7 +11,6 @@ use vmfs_common::policy::Member;
 use vmfs_common::state::ImageState;
 
 use crate::api::{Env, Event, Output, Take};
-use crate::follower::BlockSync;
 use crate::lineage::is_prefix_of;
 use crate::machine::{Machine, RoleState, send};
 use crate::meta::{AckedSeen, Rule};
@@ -147,9 +146,6 @@ impl Machine {
             return Err(Refusal::WrongImage);
         }
         let head = self.state.head();
-        if matches!(self.block_sync, BlockSync::Switching) {
-            return Ok(Take::Ignore);
-        }
         if self.fetch_source() == Some(from) {
             return self.judge_fetched(update);
         }
@@ -399,7 +395,7 @@ impl Machine {
         let head = self.durable;
         let owner = self.epoch();
         let mine = matches!(self.role, RoleState::Follower) && self.meta_persisted > 0 && head.epoch == owner;
-        if !mine || owner < self.promised() || matches!(self.block_sync, BlockSync::Switching) {
+        if !mine || owner < self.promised() {
             return;
         }
         if head.seq < low {

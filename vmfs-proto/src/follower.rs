@@ -38,8 +38,6 @@ pub(crate) enum BlockSync {
     Idle,
     /// The engine copies.
     Running,
-    /// The store is replacing the content: until it is done, nothing is taken, acknowledged or promised.
-    Switching,
     /// To be asked for again.
     Retry(Millis),
 }
@@ -225,26 +223,6 @@ impl Machine {
             self.block_sync = BlockSync::Running;
             out.push(Output::StartBlockSync { from });
         }
-    }
-
-    /// Block-level sync is about to replace the content durably: the engine asks just before, and does
-    /// so only if the answer is yes; then it owes [`crate::Input::Imported`] or
-    /// [`crate::Input::ImportFailed`]. It is no when this copy follows another owner by now, has
-    /// promised a higher ballot, or would go backwards.
-    pub fn begin_import(&mut self, from: HostId, state: &ImageState) -> bool {
-        let head = state.head();
-        let follows =
-            |f: &Following| f.host == from && f.start.epoch >= self.promised() && head.epoch <= f.start.epoch;
-        let wanted = matches!(self.block_sync, BlockSync::Running)
-            && matches!(self.role, RoleState::Follower)
-            && self.promise.is_none()
-            && self.following.as_ref().is_some_and(follows);
-        let forward = head.rank() > self.state.head().rank() && head.seq >= self.meta.commit.1;
-        let good = wanted && forward && state.image == self.image && !state.members.is_empty();
-        if good {
-            self.block_sync = BlockSync::Switching;
-        }
-        good
     }
 
     /// Block-level sync has put another state in place, durably.

@@ -9,13 +9,16 @@ use crate::machine::{Machine, RoleState};
 impl Machine {
     /// True when the content copied from `from`, with the state after it, may replace this copy's. To be
     /// asked under the lock under which the content is then replaced and
-    /// [`crate::Input::Imported`] is given.
+    /// [`crate::Input::Imported`] is given; when it may not, [`crate::Input::ImportFailed`] is. Not while a
+    /// vote is being made durable, which states the head; and not below what is known to be committed.
     #[must_use]
     pub fn may_import(&self, from: HostId, state: &ImageState) -> bool {
         let epoch = state.epoch_start().map(|e| e.epoch).unwrap_or_default();
         matches!(self.role, RoleState::Follower)
             && self.following.as_ref().is_some_and(|f| f.host == from && f.start.epoch == epoch)
+            && self.promise.is_none()
             && self.promised() <= epoch
+            && (state.head().seq >= self.meta.commit.1 || self.meta.has_given_up())
             && state.head().rank() > self.state.head().rank()
     }
 }

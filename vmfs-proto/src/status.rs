@@ -165,9 +165,7 @@ impl Machine {
                 }
             }
             RoleState::Follower => match &self.following {
-                _ if matches!(self.block_sync, BlockSync::Running | BlockSync::Switching) => {
-                    Health::CatchingUp
-                }
+                _ if matches!(self.block_sync, BlockSync::Running) => Health::CatchingUp,
                 // An own bid that came to nothing promises nobody anything.
                 None if self.promised() > self.epoch() && self.promised().host != self.id.host => {
                     Health::Fenced

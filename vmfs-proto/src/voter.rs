@@ -9,7 +9,6 @@ use vmfs_common::msg::{ImageMsg, Occasion, VoteRefusal};
 use vmfs_common::policy::MemberRole;
 
 use crate::api::{Env, Event, Gate, Output};
-use crate::follower::BlockSync;
 use crate::machine::{Machine, RoleState, send};
 
 /// How far above everything a copy knows of a ballot may be. Honest ones are at most a few bids
@@ -195,9 +194,6 @@ impl Machine {
     /// Takes a promise as far as the disk has got.
     pub(crate) fn advance_promise(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let Some(p) = &self.promise else { return };
-        if matches!(self.block_sync, BlockSync::Switching) {
-            return;
-        }
         if self.epoch() >= p.proposal.ballot {
             // A certified epoch as high has been taken up meanwhile.
             let (from, ballot) = (p.from, p.proposal.ballot);

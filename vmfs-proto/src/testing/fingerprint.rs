@@ -148,8 +148,7 @@ impl Machine {
         match block_sync {
             BlockSync::Idle => 0,
             BlockSync::Running => 1,
-            BlockSync::Switching => 2,
-            BlockSync::Retry(t) => 3 + clock.class(*t),
+            BlockSync::Retry(t) => 2 + clock.class(*t),
         }
         .hash(h);
         match role {

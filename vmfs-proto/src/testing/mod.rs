@@ -477,7 +477,7 @@ impl Cluster {
     fn import(&mut self, at: At, from: At) {
         let served = self.nodes[from].log.last().filter(|_| self.nodes[from].up).map(|(_, s)| s.clone());
         let host = self.nodes[from].id.host;
-        match served.filter(|s| self.nodes[at].machine.as_mut().is_some_and(|m| m.begin_import(host, s))) {
+        match served.filter(|s| self.nodes[at].machine.as_mut().is_some_and(|m| m.may_import(host, s))) {
             Some(state) => {
                 let state = Box::new(state);
                 let log = self.nodes[from].log.clone();
