@@ -201,7 +201,7 @@ fn look_at(files: Files) -> bool {
     }
     let _ = image.update_at(Seq(u64::MAX));
     let _ = image.read_log(image.log_start(), 1 << 20);
-    let _ = view.merkle(1, 0);
+    let _ = view.merkle_tree();
     let _ = image.forks();
     let _ = image.sync();
     let _ = image.checkpoint();

@@ -97,9 +97,11 @@ pub struct StoreConfig {
     /// Memory for block maps, over all images.
     #[serde(default = "default_map_cache")]
     pub map_cache: ByteSize,
-    /// Log kept for catch-up of each image even when every block of it is superseded.
-    #[serde(default = "default_log_retain")]
-    pub log_retain: ByteSize,
+    /// Log kept for each image, also superseded blocks, so that a replica can catch up from it; while one is
+    /// away, no more. When not given: 256 MiB, and at the owner up to half of what the image holds while a
+    /// replica is away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_retain: Option<ByteSize>,
     /// For how long replicas keep a deleted image.
     #[serde(default = "default_undelete_window")]
     pub undelete_window: TimeSpan,
@@ -145,7 +147,7 @@ impl StoreConfig {
             segment_size: default_segment_size(),
             segment_pool: default_segment_pool(),
             map_cache: default_map_cache(),
-            log_retain: default_log_retain(),
+            log_retain: None,
             undelete_window: default_undelete_window(),
             scrub_rate: default_scrub_rate(),
             scrub_interval: default_scrub_interval(),
@@ -301,9 +303,6 @@ const fn default_segment_pool() -> u32 {
 }
 const fn default_map_cache() -> ByteSize {
     ByteSize::mib(64)
-}
-const fn default_log_retain() -> ByteSize {
-    ByteSize::mib(256)
 }
 const fn default_undelete_window() -> TimeSpan {
     TimeSpan::from_secs(7 * 86_400)

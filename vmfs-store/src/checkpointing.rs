@@ -308,17 +308,19 @@ impl ImageStore {
         let head = c.moment.state.head().seq;
         let replay_from = kept.iter().map(|s| s.seq()).min().unwrap_or(head).min(head);
         let retain = Seq(self.retain.load(Ordering::Acquire));
-        let mut budget = if self.shared.is_tight() { 0 } else { self.shared.cfg.retain_log_bytes_max };
+        let (catch_up, catch_up_bytes) = self.catch_up.lock().unwrap_or((head.next(), 0));
+        let tight = self.shared.is_tight();
+        let mut log_bytes = 0;
         let mut first = chain.len();
         while let Some(i) = first.checked_sub(1) {
             let last = last_seq(chain, i, head);
-            let bytes = chain[i].seg.class.bytes();
-            let wanted = last >= retain && bytes <= budget;
+            log_bytes += chain[i].seg.class.bytes();
+            let wanted = (last >= retain && log_bytes <= self.shared.cfg.retain_log_bytes_max)
+                || (last >= catch_up && log_bytes <= catch_up_bytes);
             // The last one may still be written to.
-            if last <= replay_from && !wanted && first != chain.len() {
+            if last <= replay_from && (tight || !wanted) && first != chain.len() {
                 break;
             }
-            budget = budget.saturating_sub(bytes);
             first = i;
         }
         let log_start = chain.get(first).map_or(head, |s| s.start_seq).next().max(c.moment.log_start);

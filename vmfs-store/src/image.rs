@@ -84,6 +84,8 @@ pub struct ImageStore {
     pub(crate) durable_seq: AtomicU64,
     pub(crate) commit: AtomicU64,
     pub(crate) retain: AtomicU64,
+    /// See [`ImageStore::retain_for_catch_up`].
+    pub(crate) catch_up: Mutex<Option<(Seq, u64)>>,
     pub(crate) importing: AtomicBool,
     pub(crate) compaction: Mutex<Compaction>,
     pub(crate) compacted_bytes: AtomicU64,
@@ -126,6 +128,7 @@ impl ImageStore {
             durable_seq: AtomicU64::new(head.seq.0),
             commit: AtomicU64::new(commit.0),
             retain: AtomicU64::new(0),
+            catch_up: Mutex::new(None),
             importing: AtomicBool::new(false),
             compaction: Mutex::default(),
             compacted_bytes: AtomicU64::new(0),
@@ -312,6 +315,12 @@ impl ImageStore {
     /// first call everything within that bound is kept.
     pub fn retain_from(&self, seq: Seq) {
         self.retain.store(seq.0, Ordering::Release);
+    }
+    /// The log from the given update on is wanted by a member that lags or is being brought up to date: kept
+    /// up to this many bytes where that is more than the configured ones; `None`: by nobody. Neither holds on
+    /// a disk that is nearly full.
+    pub fn retain_for_catch_up(&self, wanted: Option<(Seq, u64)>) {
+        *self.catch_up.lock() = wanted;
     }
     /// The highest committed update: one checkpoint at or below it is kept. It never goes back. What appended
     /// updates say of commit points does not count: whoever takes them knows whether they are to be believed.

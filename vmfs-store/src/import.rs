@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
-use vmfs_common::hash::block_digest;
+use vmfs_common::hash::block_digests_of;
 use vmfs_common::header::Update;
 use vmfs_common::state::ImageState;
 use vmfs_common::{BLOCK_BYTES, BlockCount, BlockIndex, Digest, Head};
@@ -16,10 +16,11 @@ use crate::fork::ForkInfo;
 use crate::image::{ImageStore, Space};
 use crate::map::tree::Base;
 use crate::map::{BLOCKS_MAX, Content, Entry};
+use crate::merkle::{MerkleTree, merkle_tree};
 use crate::pool::Pool;
 use crate::segment::Class;
 use crate::shadow::{self, BlocksRecord, Origin};
-use crate::view::{digests, merkle, merkle_children};
+use crate::view::digests;
 use crate::writer::{RECORD_BLOCKS_MAX, SegmentWriter};
 
 /// Map changes held in memory before they are written out.
@@ -89,7 +90,7 @@ impl Import {
         let stored = digests.iter().filter(|d| !d.is_zero());
         if !payload.len().is_multiple_of(BLOCK_BYTES)
             || start.0.checked_add(digests.len() as u64).is_none_or(|end| end > BLOCKS_MAX)
-            || !payload.chunks_exact(BLOCK_BYTES).map(block_digest).eq(stored.copied())
+            || !block_digests_of(payload.chunks_exact(BLOCK_BYTES)).iter().eq(stored)
         {
             return Err(StoreError::DigestMismatch);
         }
@@ -196,21 +197,13 @@ impl Import {
         let content = self.inner.lock().content.clone();
         digests(&self.image.shared, &content, start.0, count)
     }
-    /// A Merkle node of the content so far.
+    /// The Merkle tree of the content so far.
     ///
     /// # Errors
-    /// As [`crate::View::merkle`].
-    pub fn merkle(&self, level: u32, index: u64) -> Result<Digest, StoreError> {
+    /// As [`crate::View::merkle_tree`].
+    pub fn merkle_tree(&self) -> Result<MerkleTree, StoreError> {
         let content = self.inner.lock().content.clone();
-        merkle(&self.image.shared, &content, level, index)
-    }
-    /// Children of a Merkle node of the content so far.
-    ///
-    /// # Errors
-    /// As [`crate::View::merkle_children`].
-    pub fn merkle_children(&self, level: u32, index: u64) -> Result<Vec<Digest>, StoreError> {
-        let content = self.inner.lock().content.clone();
-        merkle_children(&self.image.shared, &content, level, index)
+        merkle_tree(&self.image.shared, &content)
     }
 
     /// Replaces the image's content, state and head by this one: the content after `base`, whose

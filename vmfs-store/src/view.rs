@@ -1,28 +1,19 @@
-//! An unchanging content and state of an image, and the Merkle tree over its block digests.
+//! An unchanging content and state of an image.
 
 use std::sync::Arc;
 
-use vmfs_common::hash::hash;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
 use vmfs_common::{BLOCK_BYTES, BlockCount, BlockIndex, Digest, Head, ImageId};
 
 use crate::error::{IoContext as _, StoreError};
 use crate::map::{BLOCKS_MAX, Content, Entry, Segments};
+use crate::merkle::{MerkleTree, merkle_tree};
 use crate::records::{Record, record_of_payload};
 use crate::segment::{PAGE_U64, file_name};
 use crate::shared::Shared;
 
-/// Children of one node of the Merkle tree over block digests.
-pub const MERKLE_FANOUT: u64 = 512;
-/// Level of the Merkle root: 512^5 blocks are more than an image can have.
-pub const MERKLE_ROOT_LEVEL: u32 = 5;
-
 /// Content and state after one update. Segments it needs stay until it is dropped.
-///
-/// Merkle tree: level 0 are block digests (zero for blocks without data); a node of level n + 1
-/// covers 512 nodes of level n and is zero when they all are, else
-/// `H("merkle", level ‖ children)`; the root is node 0 of [`MERKLE_ROOT_LEVEL`].
 #[derive(Clone)]
 pub struct View {
     shared: Arc<Shared>,
@@ -103,25 +94,12 @@ impl View {
     pub fn digests(&self, start: BlockIndex, count: usize) -> Result<Vec<Digest>, StoreError> {
         digests(&self.shared, &self.content, start.0, count)
     }
-    /// One node of the Merkle tree.
+    /// The Merkle tree over the digests: reads all of them.
     ///
     /// # Errors
     /// As [`View::digests`].
-    ///
-    /// # Panics
-    /// When there is no such level.
-    pub fn merkle(&self, level: u32, index: u64) -> Result<Digest, StoreError> {
-        merkle(&self.shared, &self.content, level, index)
-    }
-    /// The [`MERKLE_FANOUT`] children of a node of level 1 or more.
-    ///
-    /// # Errors
-    /// As [`View::digests`].
-    ///
-    /// # Panics
-    /// When there is no such level.
-    pub fn merkle_children(&self, level: u32, index: u64) -> Result<Vec<Digest>, StoreError> {
-        merkle_children(&self.shared, &self.content, level, index)
+    pub fn merkle_tree(&self) -> Result<MerkleTree, StoreError> {
+        merkle_tree(&self.shared, &self.content)
     }
 }
 
@@ -256,52 +234,4 @@ pub(crate) fn digests(
         }
     }
     Ok(out)
-}
-
-fn blocks_of(level: u32) -> u64 {
-    assert!(level <= MERKLE_ROOT_LEVEL, "invariant: there is no Merkle level {level}");
-    MERKLE_FANOUT.pow(level)
-}
-
-pub(crate) fn merkle(
-    shared: &Shared,
-    content: &Content,
-    level: u32,
-    index: u64,
-) -> Result<Digest, StoreError> {
-    let span = blocks_of(level);
-    let Some(start) = index.checked_mul(span).filter(|s| *s < BLOCKS_MAX) else {
-        return Ok(Digest::default());
-    };
-    if level == 0 {
-        return Ok(digests(shared, content, start, 1)?[0]);
-    }
-    if content.next_data_before(shared, start, start.saturating_add(span))?.is_none() {
-        return Ok(Digest::default());
-    }
-    let children = merkle_children(shared, content, level, index)?;
-    if children.iter().all(Digest::is_zero) {
-        return Ok(Digest::default());
-    }
-    let bytes: Vec<u8> = children.iter().flat_map(|d| *d.as_bytes()).collect();
-    Ok(hash("merkle", &[&level.to_le_bytes(), &bytes]))
-}
-
-pub(crate) fn merkle_children(
-    shared: &Shared,
-    content: &Content,
-    level: u32,
-    index: u64,
-) -> Result<Vec<Digest>, StoreError> {
-    assert!(level > 0, "invariant: blocks have no children");
-    let fanout = usize::try_from(MERKLE_FANOUT).unwrap_or(usize::MAX);
-    let first = index.saturating_mul(MERKLE_FANOUT);
-    if level == 1 {
-        return if first < BLOCKS_MAX {
-            digests(shared, content, first, fanout)
-        } else {
-            Ok(vec![Digest::default(); fanout])
-        };
-    }
-    (first..first.saturating_add(MERKLE_FANOUT)).map(|i| merkle(shared, content, level - 1, i)).collect()
 }

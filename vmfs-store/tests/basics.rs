@@ -5,6 +5,7 @@
 mod common;
 
 use common::{IMAGE, Maker, Rig, append, create, open, small};
+use vmfs_common::hash::hash;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{BlockIndex, Digest, ImageId, Seq};
 use vmfs_store::simdisk::SimDisk;
@@ -109,7 +110,7 @@ fn a_view_outlives_everything_it_shows() {
     let mut rig = Rig::new();
     rig.write(0, &[1, 2, 3, 4, 5, 6, 7, 8]);
     let view = rig.image.view();
-    let root = view.merkle(MERKLE_ROOT_LEVEL, 0).unwrap();
+    let root = view.merkle_tree().unwrap().root();
     for round in 1..800u64 {
         rig.write(round % 8, &[100 + round]);
         if round % 20 == 0 {
@@ -123,8 +124,8 @@ fn a_view_outlives_everything_it_shows() {
     for i in 0..8u64 {
         assert!(buf[i as usize * 4096..][..4096] == common::block(i, i + 1));
     }
-    assert_eq!(view.merkle(MERKLE_ROOT_LEVEL, 0).unwrap(), root);
-    assert_ne!(rig.image.view().merkle(MERKLE_ROOT_LEVEL, 0).unwrap(), root);
+    assert_eq!(view.merkle_tree().unwrap().root(), root);
+    assert_ne!(rig.image.view().merkle_tree().unwrap().root(), root);
     assert_eq!(view.head().seq, Seq(2));
     let held = rig.disk.used_bytes();
     drop(view);
@@ -143,13 +144,26 @@ fn merkle_roots_depend_on_content_alone() {
     b.write(6, &[0]);
     b.image.checkpoint().unwrap();
     b.write(600, &[1, 2, 3]);
-    let (a, b) = (a.image.view(), b.image.view());
-    assert_eq!(a.merkle(MERKLE_ROOT_LEVEL, 0).unwrap(), b.merkle(MERKLE_ROOT_LEVEL, 0).unwrap());
-    assert_eq!(a.merkle(3, 1).unwrap(), Digest::default());
-    let children = a.merkle_children(2, 0).unwrap();
+    let view = a.image.view();
+    let (mut a, b) = (view.merkle_tree().unwrap(), b.image.view().merkle_tree().unwrap());
+    assert_eq!(a, b);
+    assert_eq!(a.node(3, 1), Digest::default());
+    assert_eq!(a.node(MERKLE_ROOT_LEVEL, 1), Digest::default());
+    assert_eq!(a.node(MERKLE_ROOT_LEVEL, u64::MAX), Digest::default());
+    let children = a.children(2, 0);
     assert_eq!(children.iter().filter(|d| !d.is_zero()).count(), 2);
-    assert_eq!(children[1], a.merkle(1, 1).unwrap());
-    assert_eq!(a.merkle_children(1, 1).unwrap(), a.digests(BlockIndex(512), 512).unwrap());
+    assert_eq!(children[1], a.node(1, 1));
+    // As docs/protocol.md says it.
+    let bytes = |digests: &[Digest]| digests.iter().flat_map(|d| *d.as_bytes()).collect::<Vec<u8>>();
+    let node = |level: u32, below: &[Digest]| hash("merkle", &[&level.to_le_bytes()[..], &bytes(below)]);
+    let leaf = view.digests(BlockIndex(512), 512).unwrap();
+    assert_eq!(children[1], node(1, &leaf));
+    assert_eq!(a.node(2, 0), node(2, &children));
+    let root = a.root();
+    a.set(1, &[Digest::default(); 512]);
+    assert_ne!(a.root(), root);
+    a.set(1, &leaf);
+    assert_eq!(a.root(), root);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use vmfs_common::hash::block_digest;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{BlockIndex, Head, Seq};
 use vmfs_store::simdisk::SimDisk;
-use vmfs_store::{ImageStore, MERKLE_ROOT_LEVEL, Store, StoreConfig, StoreError};
+use vmfs_store::{ImageStore, Store, StoreConfig, StoreError};
 
 struct Rng(u64);
 
@@ -250,9 +250,9 @@ impl Sim {
             drop(import);
             return self.new_epoch();
         }
-        let root = import.merkle(MERKLE_ROOT_LEVEL, 0)?;
+        let root = import.merkle_tree()?.root();
         import.finish(&base, elsewhere.history.last().unwrap().2.clone(), false)?;
-        assert_eq!(self.image.view().merkle(MERKLE_ROOT_LEVEL, 0)?, root);
+        assert_eq!(self.image.view().merkle_tree()?.root(), root);
         self.model = elsewhere;
         self.also = None;
         self.floor = self.model.head();

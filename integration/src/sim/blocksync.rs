@@ -6,9 +6,9 @@ use vmfs_common::header::{FIXED_BYTES, Update};
 use vmfs_common::op::Op;
 use vmfs_common::policy::{MEMBERS_MAX, MemberRole};
 use vmfs_common::state::ImageState;
-use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest};
+use vmfs_common::{BLOCK_BYTES, BlockIndex};
 use vmfs_proto::{Input, Machine};
-use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_ROOT_LEVEL, Space, StoreError, View};
+use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_ROOT_LEVEL, MerkleTree, Space, StoreError, View};
 
 use super::At;
 use super::model::{BLOCKS, Effect};
@@ -18,11 +18,12 @@ use super::world::{Event, World};
 const TRIES_MAX: u32 = 12;
 /// Merkle nodes or blocks handled in one step.
 const STEP: usize = 24;
+const FANOUT: usize = MERKLE_FANOUT as usize;
 
 /// What the owner vouches for.
 struct Vouched {
     base: Update,
-    merkle: Digest,
+    merkle: MerkleTree,
     state: ImageState,
     view: View,
     /// The owner's life: a restarted owner has given the view up.
@@ -34,7 +35,8 @@ pub(crate) struct Pull {
     owner: At,
     tries: u32,
     vouched: Option<Vouched>,
-    import: Option<Import>,
+    /// What is built, and the Merkle tree of what it began with.
+    import: Option<(Import, MerkleTree)>,
     todo: Vec<(u32, u64)>,
     wanted: Vec<BlockIndex>,
 }
@@ -103,7 +105,10 @@ impl World {
             let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
             let blank = store.head().seq.0 == 0;
             match store.begin_import(!blank) {
-                Ok(import) => pull.import = Some(import),
+                Ok(import) => match import.merkle_tree() {
+                    Ok(tree) => pull.import = Some((import, tree)),
+                    Err(e) => return self.import_error(at, &e),
+                },
                 Err(e) => return self.import_error(at, &e),
             }
         }
@@ -112,7 +117,7 @@ impl World {
         let copied = if witness || pull.todo.is_empty() && pull.wanted.is_empty() {
             None
         } else {
-            Some(copy_some(import, &vouched.view, &mut pull.todo, &mut pull.wanted))
+            Some(copy_some(import, vouched, &mut pull.todo, &mut pull.wanted))
         };
         match copied {
             Some(Ok(())) => Step::Again(self.rng.between(500, 20_000)),
@@ -146,8 +151,8 @@ impl World {
         };
         let base =
             store.update_at(at.seq).map_err(|e| excused(self, &e))?.ok_or("the head is not in the log")?;
-        let merkle = view.merkle(MERKLE_ROOT_LEVEL, 0).map_err(|e| excused(self, &e))?;
-        let op = Op::Root { at: at.seq, merkle, state: view.state().digest() };
+        let merkle = view.merkle_tree().map_err(|e| excused(self, &e))?;
+        let op = Op::Root { at: at.seq, merkle: merkle.root(), state: view.state().digest() };
         let Some(mut machine) = self.lock(owner) else { return Err("gone".into()) };
         let mut out = Vec::new();
         let room = 2 * (FIXED_BYTES + 128 + 8 * MEMBERS_MAX);
@@ -184,8 +189,8 @@ impl World {
 
     fn install(&mut self, at: At, pull: &mut Pull, witness: bool) -> Step {
         let Some(vouched) = pull.vouched.take() else { return Step::Failed("nothing to install".into()) };
-        let import = pull.import.take().expect("invariant: made before");
-        match import.merkle(MERKLE_ROOT_LEVEL, 0) {
+        let (import, _) = pull.import.take().expect("invariant: made before");
+        match import.merkle_tree() {
             Ok(m) if witness || m == vouched.merkle => {}
             Ok(_) => {
                 self.fail(format!("host {at} copied every block, and has another Merkle root"));
@@ -223,15 +228,22 @@ impl World {
 
 /// Walks some Merkle nodes, or copies some blocks. On an error: whether it was the member's own.
 fn copy_some(
-    import: &Import,
-    view: &View,
+    (import, ours): &(Import, MerkleTree),
+    Vouched { view, merkle, .. }: &Vouched,
     todo: &mut Vec<(u32, u64)>,
     wanted: &mut Vec<BlockIndex>,
 ) -> Result<(), (StoreError, bool)> {
     for _ in 0..STEP {
         let Some((level, index)) = todo.pop() else { break };
-        let theirs = view.merkle_children(level, index).map_err(|e| (e, false))?;
-        let ours = import.merkle_children(level, index).map_err(|e| (e, true))?;
+        let first = BlockIndex(index * MERKLE_FANOUT);
+        let (theirs, ours) = if level > 1 {
+            (merkle.children(level, index), ours.children(level, index))
+        } else {
+            (
+                view.digests(first, FANOUT).map_err(|e| (e, false))?,
+                import.digests(first, FANOUT).map_err(|e| (e, true))?,
+            )
+        };
         for i in (0..MERKLE_FANOUT).rev() {
             let at = usize::try_from(i).unwrap_or(BLOCKS);
             if theirs[at] == ours[at] {

@@ -39,11 +39,6 @@ pub(crate) fn hash_blocks(start: BlockIndex, data: &[u8]) -> Content {
     Content { start, digests, payload }
 }
 
-/// True when `payload` is exactly the blocks that the digests describe.
-pub(crate) fn payload_matches(digests: &[Digest], payload: &[u8]) -> bool {
-    payloads_match(std::iter::once((digests, payload))) == [true]
-}
-
 /// For each pair of digests and payload: is the payload exactly the blocks that the digests describe?
 pub(crate) fn payloads_match<'a>(pairs: impl Iterator<Item = (&'a [Digest], &'a [u8])> + Clone) -> Vec<bool> {
     let blocks = pairs.clone().flat_map(|(_, payload)| payload.chunks_exact(BLOCK_BYTES));

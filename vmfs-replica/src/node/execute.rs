@@ -200,16 +200,18 @@ impl Image {
     }
 
     fn start_block_sync(self: &Arc<Self>, node: &Arc<NodeInner>, from: HostId) {
-        if self.pulling.swap(true, Ordering::AcqRel) {
-            return;
-        }
+        // The one before may not have said yet that it is done: it has installed its content, which the owner
+        // has answered already.
+        let token = node.random_u64().max(1);
+        self.pulling.store(token, Ordering::Release);
         self.pulled_blocks.store(0, Ordering::Relaxed);
         let image = self.clone();
-        let puller = Puller::new(node.clone(), self.clone(), from, node.random_u64());
+        let puller = Puller::new(node.clone(), self.clone(), from, token);
         tracing::info!(image = %self.id, owner = %from.short(), "the log does not reach back: copying blocks");
         node.spawn(async move {
             let result = puller.run().await;
-            image.pulling.store(false, Ordering::Release);
+            // Not that of a later one.
+            let _ = image.pulling.compare_exchange(token, 0, Ordering::AcqRel, Ordering::Acquire);
             match result {
                 Ok(head) => {
                     tracing::info!(image = %image.id, seq = head.seq.0, "content copied and verified");

@@ -7,7 +7,7 @@ use vmfs_common::header::Update;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{BlockIndex, Digest, Head, HostId, Seq};
 use vmfs_proto::Status;
-use vmfs_store::{ForkInfo, LogEntry, MERKLE_ROOT_LEVEL, SpaceUse, StoreError, VerifyReport};
+use vmfs_store::{ForkInfo, LogEntry, SpaceUse, StoreError, VerifyReport};
 
 use super::image::Image;
 
@@ -63,7 +63,7 @@ impl Image {
     }
     /// Blocks copied so far by a block-level sync that is under way.
     pub fn pulling(&self) -> Option<u64> {
-        self.pulling.load(Ordering::Acquire).then(|| self.pulled_blocks.load(Ordering::Relaxed))
+        (self.pulling.load(Ordering::Acquire) != 0).then(|| self.pulled_blocks.load(Ordering::Relaxed))
     }
     /// Requests waiting for a quorum or at the gate.
     pub fn waiting(&self) -> u64 {
@@ -108,8 +108,8 @@ impl Image {
         let image = self.clone();
         let work = move || {
             let view = image.seal_and_view().map_err(|e| e.to_string())?;
-            let root = view.merkle(MERKLE_ROOT_LEVEL, 0).map_err(|e| e.to_string())?;
-            Ok((view.head(), root))
+            let tree = view.merkle_tree().map_err(|e| e.to_string())?;
+            Ok((view.head(), tree.root()))
         };
         tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())?
     }

@@ -4,7 +4,7 @@
 //! happen under it together. Everything slow (hashing, syncing, sending) happens outside.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -79,7 +79,8 @@ pub struct Image {
     /// Open files of the mount.
     pub(super) opens: AtomicU64,
     pub(super) pulled_blocks: AtomicU64,
-    pub(super) pulling: AtomicBool,
+    /// The block-level sync that is under way; 0: none.
+    pub(super) pulling: AtomicU64,
     pub(super) repairs: Mutex<HashMap<BlockIndex, bool>>,
     pub(super) sealed_view: Mutex<SealPin>,
 }
@@ -129,7 +130,7 @@ impl Image {
             content_version: AtomicU64::new(1),
             opens: AtomicU64::new(0),
             pulled_blocks: AtomicU64::new(0),
-            pulling: AtomicBool::new(false),
+            pulling: AtomicU64::new(0),
             repairs: Mutex::default(),
             sealed_view: Mutex::default(),
             store,

@@ -8,9 +8,9 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use vmfs_common::msg;
 use vmfs_common::policy::{Member, MemberRole};
-use vmfs_common::{HostId, ImageId, Millis, Seq, StoreId};
+use vmfs_common::{BLOCK_BYTES_U64, HostId, ImageId, Millis, Seq, StoreId};
 use vmfs_net::NetEvent;
-use vmfs_proto::{Input, OpError};
+use vmfs_proto::{Health, Input, OpError, Status};
 use vmfs_store::StoreError;
 
 use super::NodeInner;
@@ -235,12 +235,38 @@ impl Image {
         if let Some(seq) = wanted {
             self.store.retain_from(seq.next());
         }
+        let owns = status.owner == Some(self.node().identity.host);
+        self.store.retain_for_catch_up(if owns { self.log_wanted(&status) } else { None });
         let mut ring = self.ring.lock();
         match wanted {
-            Some(seq) if status.owner == Some(self.node().identity.host) => ring.trim_below(seq.next()),
+            Some(seq) if owns => ring.trim_below(seq.next()),
             // An owner once, or without members: nobody will ask.
             _ => ring.clear(),
         }
+    }
+
+    /// From where on members can be brought up to date by the owner's log, and how many bytes of it that is
+    /// worth. Superseded blocks are kept for it, in addition to the content: never more than that is. A member
+    /// that is away may stay away; one that is being fed, or copies the blocks before, would have to start
+    /// over.
+    fn log_wanted(&self, status: &Status) -> Option<(Seq, u64)> {
+        let node = self.node();
+        let (log_start, content) =
+            (self.store.log_start(), self.store.allocated_blocks().0 * BLOCK_BYTES_U64);
+        let away_max = if node.config.store.log_retain.is_some() { 0 } else { content / 2 };
+        let mut wanted: Option<(Seq, u64)> = None;
+        for m in status.members.iter().filter(|m| m.durable_seq < status.head.seq) {
+            let copies = node.sync_server.copied_up_to(m.host, self.id);
+            let from = copies.unwrap_or(m.durable_seq).next();
+            if from < log_start {
+                continue;
+            }
+            let fed = copies.is_some() || (m.connected && m.health != Health::Fenced);
+            let bytes = if fed { content } else { away_max };
+            let (first, most) = wanted.unwrap_or((from, bytes));
+            wanted = Some((first.min(from), most.max(bytes)));
+        }
+        wanted
     }
 
     /// Every member has everything, durably.

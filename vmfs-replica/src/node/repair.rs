@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vmfs_common::hash::block_digest;
 use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head, Seq};
-use vmfs_store::{BadPayload, MERKLE_ROOT_LEVEL, Rot, StoreError};
+use vmfs_store::{BadPayload, Rot, StoreError};
 
 use super::ask::{Ask, BLOCK_INDEX_END, BLOCKS_MAX, Told};
 use super::image::Image;
@@ -156,8 +156,8 @@ impl Image {
     pub(super) fn merkle_for_peer(&self, head: Head) -> (Told, Vec<u8>) {
         let view = self.sealed_view.lock().view.clone();
         let told = match view {
-            Some(view) if view.head() == head => match view.merkle(MERKLE_ROOT_LEVEL, 0) {
-                Ok(root) => Told::Merkle { head, root },
+            Some(view) if view.head() == head => match view.merkle_tree() {
+                Ok(tree) => Told::Merkle { head, root: tree.root() },
                 Err(_) => Told::Gone,
             },
             Some(view) if view.head().seq > head.seq => Told::Gone,

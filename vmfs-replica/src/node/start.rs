@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, watch};
 use vmfs_common::codec::CodecError;
-use vmfs_common::config::Config;
+use vmfs_common::config::{ByteSize, Config};
 use vmfs_common::{ImageId, StoreId};
 use vmfs_net::{Handlers, HostIdentity, HostRole, NetConfig, NetError, Network, PkiError};
 use vmfs_proto::{Env, Identity, Machine, Output, Timing};
@@ -66,13 +66,16 @@ pub enum NodeError {
     },
 }
 
+/// Log kept for each image when the config does not say.
+const LOG_RETAIN_DEFAULT: ByteSize = ByteSize::mib(256);
+
 fn open_store(config: &Config, identity: &HostIdentity) -> Result<Arc<Store>, StoreError> {
     let disk = Arc::new(FileDisk::open(&config.store.dir)?);
     let cfg = vmfs_store::StoreConfig {
         segment_bytes_max: config.store.segment_size.bytes(),
         map_cache_bytes: config.store.map_cache.bytes(),
         pool_segments: config.store.segment_pool as usize,
-        retain_log_bytes_max: config.store.log_retain.bytes(),
+        retain_log_bytes_max: config.store.log_retain.unwrap_or(LOG_RETAIN_DEFAULT).bytes(),
         ..vmfs_store::StoreConfig::default()
     };
     let (datastore, host) = (identity.datastore(), identity.host());

@@ -17,12 +17,11 @@ use vmfs_common::header::Update;
 use vmfs_common::op::Op;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
-use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head, HostId, ImageId};
-use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_ROOT_LEVEL, View};
+use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head, HostId, ImageId, Seq};
+use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_ROOT_LEVEL, MerkleTree, View};
 
 use super::NodeInner;
 use super::ask::{Ask, BLOCK_INDEX_END, BLOCKS_MAX, Told};
-use super::blocks::payload_matches;
 use super::image::Image;
 
 /// A view nobody has asked about for this long is given up.
@@ -33,8 +32,10 @@ const SERVED_TO_ONE_MAX: usize = 8;
 /// A host may have a new view of the same image made this often: each is a pass over the image, and two
 /// updates in its log.
 const REOPEN: Duration = Duration::from_secs(1);
-/// Requests for blocks under way at a time.
-const FETCHES_MAX: usize = 8;
+/// Merkle nodes of level 1 whose blocks are being copied at a time.
+const FETCHES_MAX: usize = 16;
+/// Blocks of one of them: 2 MiB.
+const LEAF_BLOCKS: usize = MERKLE_FANOUT as usize;
 /// Attempts at one question before the sync is given up (it is started anew by the next offer).
 const TRIES_MAX: u32 = 120;
 
@@ -52,21 +53,43 @@ pub(crate) enum SyncError {
 }
 
 enum Served {
-    Opening,
-    Open(Box<Opened>),
+    /// Being made; the view will be of this update or a later one.
+    Opening(Seq),
+    Open(Arc<Opened>),
+    /// Copied, up to this update: the member will ask for those after it.
+    Closed(Seq),
 }
 
 struct Opened {
     view: View,
+    merkle: MerkleTree,
     base: Update,
     root: Update,
     seal: Update,
 }
 
+struct Entry {
+    image: ImageId,
+    served: Served,
+    used: Instant,
+}
+
+impl Entry {
+    const fn is_closed(&self) -> bool {
+        matches!(self.served, Served::Closed(_))
+    }
+    fn base(&self) -> Seq {
+        match &self.served {
+            Served::Opening(seq) | Served::Closed(seq) => *seq,
+            Served::Open(open) => open.base.header.seq,
+        }
+    }
+}
+
 /// Views that this host serves to members.
 #[derive(Default)]
 pub(crate) struct SyncServer {
-    views: Mutex<HashMap<(HostId, u64), (Served, Instant)>>,
+    views: Mutex<HashMap<(HostId, u64), Entry>>,
     /// When a host last had a view of an image made.
     opened: Mutex<HashMap<(HostId, ImageId), Instant>>,
 }
@@ -74,19 +97,28 @@ pub(crate) struct SyncServer {
 impl SyncServer {
     /// Gives up views nobody asks about.
     pub(crate) fn expire(&self) {
-        self.views.lock().retain(|_, (_, used)| used.elapsed() < SERVED_IDLE);
+        self.views.lock().retain(|_, e| e.used.elapsed() < SERVED_IDLE);
         self.opened.lock().retain(|_, at| at.elapsed() < REOPEN);
     }
+    /// The member has what it needs of a view, or no longer wants it.
     pub(crate) fn close(&self, from: HostId, token: u64) {
-        self.views.lock().remove(&(from, token));
+        if let Some(e) = self.views.lock().get_mut(&(from, token)) {
+            (e.served, e.used) = (Served::Closed(e.base()), Instant::now());
+        }
     }
-    fn view(&self, from: HostId, token: u64) -> Option<View> {
+    /// The update up to which a host copies an image's content, or has just copied it: it needs the log
+    /// from there on.
+    pub(crate) fn copied_up_to(&self, host: HostId, image: ImageId) -> Option<Seq> {
+        let views = self.views.lock();
+        views.iter().filter(|((h, _), e)| *h == host && e.image == image).map(|(_, e)| e.base()).min()
+    }
+    fn view(&self, from: HostId, token: u64) -> Option<Arc<Opened>> {
         let mut all = self.views.lock();
-        let (served, used) = all.get_mut(&(from, token))?;
-        *used = Instant::now();
-        match served {
-            Served::Opening => None,
-            Served::Open(open) => Some(open.view.clone()),
+        let e = all.get_mut(&(from, token))?;
+        e.used = Instant::now();
+        match &e.served {
+            Served::Open(open) => Some(open.clone()),
+            Served::Opening(_) | Served::Closed(_) => None,
         }
     }
 
@@ -102,30 +134,37 @@ impl SyncServer {
     /// Answers [`Ask::SyncOpen`]: starts the work at the first call, answers when it is done.
     pub(crate) fn open(self: &Arc<Self>, image: &Arc<Image>, from: HostId, token: u64) -> (Told, Vec<u8>) {
         let mut all = self.views.lock();
-        if let Some((served, used)) = all.get_mut(&(from, token)) {
-            *used = Instant::now();
-            return match served {
-                Served::Opening => (Told::NotYet, Vec::new()),
-                Served::Open(open) => opened(&open.view, &open.base, &open.root, &open.seal),
+        if let Some(e) = all.get_mut(&(from, token)) {
+            e.used = Instant::now();
+            return match &e.served {
+                Served::Opening(_) => (Told::NotYet, Vec::new()),
+                Served::Open(open) => opened(open),
+                Served::Closed(_) => (Told::Gone, Vec::new()),
             };
         }
-        let to_one = all.keys().filter(|(host, _)| *host == from).count();
-        if all.len() >= SERVED_MAX || to_one >= SERVED_TO_ONE_MAX || !self.may_open(from, image.id) {
+        let open = |e: &&Entry| !e.is_closed();
+        let to_one = all.iter().filter(|((host, _), e)| *host == from && open(e)).count();
+        if all.values().filter(open).count() >= SERVED_MAX
+            || to_one >= SERVED_TO_ONE_MAX
+            || !self.may_open(from, image.id)
+        {
             return (Told::NotYet, Vec::new());
         }
-        all.insert((from, token), (Served::Opening, Instant::now()));
+        // It starts over: what it copied before is of no use to it.
+        all.retain(|(host, _), e| *host != from || e.image != image.id || !e.is_closed());
+        let served = Served::Opening(image.store.head().seq);
+        all.insert((from, token), Entry { image: image.id, served, used: Instant::now() });
         drop(all);
         let (server, image) = (self.clone(), image.clone());
         tokio::task::spawn_blocking(move || match freeze(&image) {
-            Ok((view, base, root, seal)) => {
-                let mut all = server.views.lock();
-                if let Some(slot) = all.get_mut(&(from, token)) {
-                    *slot = (Served::Open(Box::new(Opened { view, base, root, seal })), Instant::now());
+            Ok(opened) => {
+                if let Some(e) = server.views.lock().get_mut(&(from, token)).filter(|e| !e.is_closed()) {
+                    (e.served, e.used) = (Served::Open(Arc::new(opened)), Instant::now());
                 }
             }
             Err(e) => {
                 tracing::warn!(image = %image.id.short(), "no view for a block-level sync: {e}");
-                server.close(from, token);
+                server.views.lock().remove(&(from, token));
             }
         });
         (Told::NotYet, Vec::new())
@@ -133,11 +172,16 @@ impl SyncServer {
 
     /// Answers [`Ask::SyncNode`].
     pub(crate) fn node(&self, from: HostId, token: u64, level: u32, index: u64) -> (Told, Vec<u8>) {
-        let Some(view) = self.view(from, token) else { return (Told::Gone, Vec::new()) };
+        let Some(open) = self.view(from, token) else { return (Told::Gone, Vec::new()) };
         if level == 0 || level > MERKLE_ROOT_LEVEL || index >= BLOCK_INDEX_END {
             return (Told::Gone, Vec::new());
         }
-        match view.merkle_children(level, index) {
+        let children = if level > 1 {
+            Ok(open.merkle.children(level, index))
+        } else {
+            open.view.digests(leaf_start(index), LEAF_BLOCKS)
+        };
+        match children {
             Ok(children) => (Told::Node, children.iter().flat_map(|d| *d.as_bytes()).collect()),
             Err(_) => (Told::Gone, Vec::new()),
         }
@@ -145,11 +189,11 @@ impl SyncServer {
 
     /// Answers [`Ask::SyncBlocks`].
     pub(crate) fn blocks(&self, from: HostId, token: u64, blocks: &[BlockIndex]) -> (Told, Vec<u8>) {
-        let Some(view) = self.view(from, token) else { return (Told::Gone, Vec::new()) };
+        let Some(open) = self.view(from, token) else { return (Told::Gone, Vec::new()) };
         if blocks.len() > BLOCKS_MAX || blocks.iter().any(|b| b.0 >= BLOCK_INDEX_END) {
             return (Told::Gone, Vec::new());
         }
-        match read_blocks(&view, blocks) {
+        match read_blocks(&open.view, blocks) {
             Ok((digests, raw)) => (Told::Blocks { digests }, raw),
             Err(e) => {
                 tracing::warn!("a block for a member cannot be read: {e}");
@@ -159,22 +203,41 @@ impl SyncServer {
     }
 }
 
+/// The first block that a Merkle node of level 1 covers.
+const fn leaf_start(index: u64) -> BlockIndex {
+    BlockIndex(index.saturating_mul(MERKLE_FANOUT))
+}
+
+/// Runs of consecutive blocks, as ranges of positions.
+fn runs(blocks: &[BlockIndex]) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let mut end = 0;
+    blocks.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0)).map(move |run| {
+        let start = end;
+        end += run.len();
+        start..end
+    })
+}
+
 fn read_blocks(view: &View, blocks: &[BlockIndex]) -> Result<(Vec<Digest>, Vec<u8>), vmfs_store::StoreError> {
     let mut digests = Vec::with_capacity(blocks.len());
     let mut raw = Vec::with_capacity(blocks.len() * BLOCK_BYTES);
-    let mut buf = vec![0u8; BLOCK_BYTES];
-    for b in blocks {
-        let digest = view.digests(*b, 1)?[0];
-        if !digest.is_zero() {
-            view.read(*b, &mut buf)?;
-            raw.extend_from_slice(&buf);
+    let mut buf = Vec::new();
+    for run in runs(blocks) {
+        let (start, count) = (blocks[run.start], run.len());
+        let of_run = view.digests(start, count)?;
+        buf.resize(count * BLOCK_BYTES, 0);
+        view.read(start, &mut buf)?;
+        for (digest, block) in of_run.iter().zip(buf.chunks_exact(BLOCK_BYTES)) {
+            if !digest.is_zero() {
+                raw.extend_from_slice(block);
+            }
         }
-        digests.push(digest);
+        digests.extend(of_run);
     }
     Ok((digests, raw))
 }
 
-fn opened(view: &View, base: &Update, root: &Update, seal: &Update) -> (Told, Vec<u8>) {
+fn opened(Opened { view, base, root, seal, .. }: &Opened) -> (Told, Vec<u8>) {
     let state = view.state().encode();
     let len = |b: &[u8]| u32::try_from(b.len()).expect("invariant: headers and states are bounded");
     let told = Told::SyncOpened {
@@ -187,15 +250,15 @@ fn opened(view: &View, base: &Update, root: &Update, seal: &Update) -> (Told, Ve
 }
 
 /// Freezes a view after some update R, and appends the `Root` and the `Seal` that vouch for it.
-fn freeze(image: &Arc<Image>) -> Result<(View, Update, Update, Update), String> {
+fn freeze(image: &Arc<Image>) -> Result<Opened, String> {
     let view = image.store.view();
     let at = view.head();
     let base =
         image.store.update_at(at.seq).map_err(|e| e.to_string())?.ok_or("the head is not in the log")?;
-    let merkle = view.merkle(MERKLE_ROOT_LEVEL, 0).map_err(|e| e.to_string())?;
-    let op = Op::Root { at: at.seq, merkle, state: view.state().digest() };
+    let merkle = view.merkle_tree().map_err(|e| e.to_string())?;
+    let op = Op::Root { at: at.seq, merkle: merkle.root(), state: view.state().digest() };
     let (root, seal) = image.append_vouched(Draft::op(op)).map_err(|e| e.to_string())?;
-    Ok((view, base, root, seal))
+    Ok(Opened { view, merkle, base, root, seal })
 }
 
 struct Vouched {
@@ -286,66 +349,80 @@ impl Puller {
         if installed { Ok(head) } else { Err(SyncError::Overtaken) }
     }
 
+    /// Walks the Merkle tree down to where the contents differ, and copies that.
     async fn copy(self: &Arc<Self>, import: &Arc<Import>, merkle: Digest) -> Result<(), SyncError> {
+        let from = import.clone();
+        let tree = tokio::task::spawn_blocking(move || from.merkle_tree());
+        let mut ours = tree.await.map_err(|e| SyncError::Peer(e.to_string()))??;
         let mut todo = vec![(MERKLE_ROOT_LEVEL, 0u64)];
-        let mut wanted: Vec<BlockIndex> = Vec::new();
         let mut fetches = tokio::task::JoinSet::new();
         while let Some((level, index)) = todo.pop() {
-            let (_, raw) = self.ask(Ask::SyncNode { token: self.token, level, index }).await?;
-            let theirs: Vec<Digest> = raw
-                .chunks_exact(Digest::LEN)
-                .map(|c| Digest::from_bytes(c.try_into().expect("invariant: chunks of 32 bytes")))
-                .collect();
-            if theirs.len() as u64 != MERKLE_FANOUT || raw.len() != theirs.len() * Digest::LEN {
-                return Err(SyncError::Lie("a Merkle node's size"));
-            }
-            let ours = tokio::task::block_in_place(|| import.merkle_children(level, index))?;
-            let differ = (0..MERKLE_FANOUT).zip(theirs.iter().zip(&ours)).filter(|(_, (a, b))| a != b);
-            let children: Vec<u64> = differ.map(|(i, _)| index * MERKLE_FANOUT + i).collect();
             if level > 1 {
-                todo.extend(children.iter().rev().map(|c| (level - 1, *c)));
+                let theirs = self.children(level, index).await?;
+                let differ = (0..MERKLE_FANOUT).zip(theirs.iter().zip(ours.children(level, index)));
+                let differ = differ.filter(|(_, (theirs, ours))| *theirs != ours);
+                let below: Vec<_> = differ.map(|(i, _)| (level - 1, index * MERKLE_FANOUT + i)).collect();
+                todo.extend(below.into_iter().rev());
                 continue;
             }
-            wanted.extend(children.into_iter().map(BlockIndex));
-            while wanted.len() >= BLOCKS_MAX {
-                let batch: Vec<_> = wanted.drain(..BLOCKS_MAX).collect();
-                self.fetch(&mut fetches, import, batch).await?;
+            while fetches.len() >= FETCHES_MAX {
+                Self::finish_one(&mut fetches, &mut ours).await?;
             }
+            let (this, import) = (self.clone(), import.clone());
+            fetches.spawn(async move { Ok((index, this.copy_leaf(&import, index).await?)) });
         }
-        if !wanted.is_empty() {
-            self.fetch(&mut fetches, import, wanted).await?;
+        while !fetches.is_empty() {
+            Self::finish_one(&mut fetches, &mut ours).await?;
         }
-        while let Some(done) = fetches.join_next().await {
-            done.map_err(|e| SyncError::Peer(e.to_string()))??;
-        }
-        let got = tokio::task::block_in_place(|| import.merkle(MERKLE_ROOT_LEVEL, 0))?;
-        if got == merkle { Ok(()) } else { Err(SyncError::Lie("the copied content's Merkle root")) }
+        if ours.root() == merkle { Ok(()) } else { Err(SyncError::Lie("the copied content's Merkle root")) }
     }
 
-    async fn fetch(
-        self: &Arc<Self>,
-        fetches: &mut tokio::task::JoinSet<Result<(), SyncError>>,
-        import: &Arc<Import>,
-        blocks: Vec<BlockIndex>,
+    async fn finish_one(
+        fetches: &mut tokio::task::JoinSet<Result<(u64, Vec<Digest>), SyncError>>,
+        ours: &mut MerkleTree,
     ) -> Result<(), SyncError> {
-        while fetches.len() >= FETCHES_MAX {
-            if let Some(done) = fetches.join_next().await {
-                done.map_err(|e| SyncError::Peer(e.to_string()))??;
-            }
+        if let Some(done) = fetches.join_next().await {
+            let (index, digests) = done.map_err(|e| SyncError::Peer(e.to_string()))??;
+            ours.set(index, &digests);
         }
-        let (this, import) = (self.clone(), import.clone());
-        fetches.spawn(async move {
-            let count = blocks.len();
-            let (told, raw) = this.ask(Ask::SyncBlocks { token: this.token, blocks: blocks.clone() }).await?;
-            let Told::Blocks { digests } = told else { return Err(SyncError::Lie("not blocks")) };
-            if digests.len() != count || !payload_matches(&digests, &raw) {
-                return Err(SyncError::Lie("blocks that do not match their digests"));
-            }
-            tokio::task::block_in_place(|| write_runs(&import, &blocks, &digests, &raw))?;
-            this.image.sync_progress(count as u64);
-            Ok(())
-        });
         Ok(())
+    }
+
+    async fn children(&self, level: u32, index: u64) -> Result<Vec<Digest>, SyncError> {
+        let (_, raw) = self.ask(Ask::SyncNode { token: self.token, level, index }).await?;
+        if raw.len() != LEAF_BLOCKS * Digest::LEN {
+            return Err(SyncError::Lie("a Merkle node's size"));
+        }
+        let digest = |c: &[u8]| Digest::from_bytes(c.try_into().expect("invariant: chunks of 32 bytes"));
+        Ok(raw.chunks_exact(Digest::LEN).map(digest).collect())
+    }
+
+    /// Copies what differs of the blocks under a Merkle node of level 1; returns the digests of all of them
+    /// as they are in the import then.
+    async fn copy_leaf(&self, import: &Arc<Import>, index: u64) -> Result<Vec<Digest>, SyncError> {
+        let theirs = self.children(1, index).await?;
+        let ours = tokio::task::block_in_place(|| import.digests(leaf_start(index), LEAF_BLOCKS))?;
+        let differ = (leaf_start(index).0..).zip(theirs.iter().zip(&ours)).filter(|(_, (a, b))| a != b);
+        let differ: Vec<_> = differ.map(|(block, _)| BlockIndex(block)).collect();
+        for blocks in differ.chunks(BLOCKS_MAX) {
+            let ask = Ask::SyncBlocks { token: self.token, blocks: blocks.to_vec() };
+            let (told, raw) = self.ask(ask).await?;
+            let Told::Blocks { digests } = told else { return Err(SyncError::Lie("not blocks")) };
+            let stored = digests.iter().filter(|d| !d.is_zero()).count();
+            if digests.len() != blocks.len() || raw.len() != stored * BLOCK_BYTES {
+                return Err(SyncError::Lie("other blocks than asked for"));
+            }
+            tokio::task::block_in_place(|| write_runs(import, blocks, &digests, &raw)).map_err(
+                |e| match e {
+                    vmfs_store::StoreError::DigestMismatch => {
+                        SyncError::Lie("blocks that do not match their digests")
+                    }
+                    e => SyncError::Store(e),
+                },
+            )?;
+            self.image.sync_progress(blocks.len() as u64);
+        }
+        Ok(tokio::task::block_in_place(|| import.digests(leaf_start(index), LEAF_BLOCKS))?)
     }
 }
 
@@ -356,16 +433,28 @@ fn write_runs(
     digests: &[Digest],
     raw: &[u8],
 ) -> Result<(), vmfs_store::StoreError> {
-    let (mut at, mut raw_at) = (0, 0);
-    while at < blocks.len() {
-        let mut end = at + 1;
-        while end < blocks.len() && blocks[end].0 == blocks[end - 1].0 + 1 {
-            end += 1;
-        }
-        let bytes = digests[at..end].iter().filter(|d| !d.is_zero()).count() * BLOCK_BYTES;
-        import.write(blocks[at], &digests[at..end], &raw[raw_at..raw_at + bytes])?;
+    let mut raw_at = 0;
+    for run in runs(blocks) {
+        let bytes = digests[run.clone()].iter().filter(|d| !d.is_zero()).count() * BLOCK_BYTES;
+        import.write(blocks[run.start], &digests[run], &raw[raw_at..raw_at + bytes])?;
         raw_at += bytes;
-        at = end;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_of_consecutive_blocks_and_cover_all() {
+        let of = |blocks: &[u64]| {
+            let blocks: Vec<_> = blocks.iter().copied().map(BlockIndex).collect();
+            runs(&blocks).collect::<Vec<_>>()
+        };
+        assert!(of(&[]).is_empty());
+        assert_eq!(of(&[7]), [0..1]);
+        assert_eq!(of(&[1, 2, 3, 5, 4, 6, 7]), [0..3, 3..4, 4..5, 5..7]);
+        assert_eq!(of(&[u64::MAX, 0, 1, 1]), [0..1, 1..3, 3..4]);
+    }
 }
