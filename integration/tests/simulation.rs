@@ -55,6 +55,17 @@ fn random_clusters_keep_the_promises_and_converge_when_healed() {
     assert!(count < 100 || all.evident < count / 20);
 }
 
+/// Seeds that found bugs: a vote that stated a head which was cut for a certified owner while the vote was being
+/// made durable; flushes that outlived the content they were asked for, which copied blocks had replaced.
+#[test]
+fn seeds_that_found_bugs_stay_clean() {
+    for seed in [30_120, 32_490] {
+        if let Err(failure) = sim::run(seed, TICKS) {
+            panic!("{failure}");
+        }
+    }
+}
+
 #[test]
 fn the_same_seed_is_the_same_run() {
     for seed in 7000..7010 {

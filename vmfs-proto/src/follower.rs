@@ -231,7 +231,11 @@ impl Machine {
         let (before, after) = (self.state.head(), state.head());
         if before.seq > Seq::ZERO {
             self.meta.lineage += 1;
-            out.push(Output::Report(Event::RolledBack { from: before, to: after }));
+            if !self.is_part_of(&state) {
+                out.push(Output::Report(Event::RolledBack { from: before, to: after }));
+            }
+            // As every handle of the lineage that ends here.
+            self.fail_flushes(FlushError::NotOwner, out);
         }
         self.state = state;
         self.durable = after;

@@ -4,6 +4,7 @@
 use vmfs_common::ids::HostId;
 use vmfs_common::state::ImageState;
 
+use crate::lineage::common;
 use crate::machine::{Machine, RoleState};
 
 impl Machine {
@@ -20,5 +21,13 @@ impl Machine {
             && self.promised() <= epoch
             && (state.head().seq >= self.meta.commit.1 || self.meta.has_given_up())
             && state.head().rank() > self.state.head().rank()
+    }
+
+    /// True when what this copy holds is a part of the history that ends with `state`, as far as both remember
+    /// it: nothing is discarded when that takes its place. An epoch has one order of updates, unless its owner
+    /// lies; then it is false once this copy has noticed.
+    #[must_use]
+    pub fn is_part_of(&self, state: &ImageState) -> bool {
+        self.forked.is_none() && common(state, &self.join()) == Some(self.state.head().seq)
     }
 }

@@ -521,8 +521,12 @@ impl Machine {
 
     /// Nobody below this is taken up: the highest ballot promised, or the certified epoch followed.
     pub(crate) fn bound(&self) -> Epoch {
-        let followed = self.following.as_ref().filter(|f| f.certified).map(|f| f.start.epoch);
-        self.promised().max(followed.unwrap_or_default())
+        self.promised().max(self.certified())
+    }
+
+    /// The epoch of the owner that is followed, when its certificate holds.
+    pub(crate) fn certified(&self) -> Epoch {
+        self.following.as_ref().filter(|f| f.certified).map(|f| f.start.epoch).unwrap_or_default()
     }
 
     /// True when this host with this store is in the member list of its own copy.

@@ -194,12 +194,14 @@ impl Machine {
     /// Takes a promise as far as the disk has got.
     pub(crate) fn advance_promise(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let Some(p) = &self.promise else { return };
-        if self.epoch() >= p.proposal.ballot {
-            // A certified epoch as high has been taken up meanwhile.
+        let taken_up = self.epoch().max(self.certified());
+        if taken_up >= p.proposal.ballot {
+            // A certified epoch as high has been taken up meanwhile: the head that the vote states may have been
+            // cut for it.
             let (from, ballot) = (p.from, p.proposal.ballot);
             self.promise = None;
             if from != self.id.host {
-                let why = VoteRefusal::Promised(self.epoch());
+                let why = VoteRefusal::Promised(taken_up);
                 send(out, from, ImageMsg::VoteRefused { ballot, why });
             }
             return;

@@ -45,7 +45,7 @@ pub use error::StoreError;
 pub use fork::ForkInfo;
 pub use image::{ImageStore, LogEntry, Reservation, Space};
 pub use import::Import;
-pub use merkle::{MERKLE_FANOUT, MERKLE_ROOT_LEVEL, MerkleTree};
+pub use merkle::{MERKLE_FANOUT, MERKLE_LEAF_BLOCKS, MERKLE_ROOT_LEVEL, MerkleTree};
 pub use rot::Rot;
 pub use scrub::{BadPayload, Scrub, ScrubProgress};
 pub use store::Store;

@@ -12,10 +12,10 @@ use crate::view::digests;
 
 /// Children of one node of the Merkle tree.
 pub const MERKLE_FANOUT: u64 = 512;
+/// [`MERKLE_FANOUT`], as the number of blocks that a node of level 1 covers: 2 MiB.
+pub const MERKLE_LEAF_BLOCKS: usize = 512;
 /// Level of the Merkle root: 512^5 blocks are more than an image can have.
 pub const MERKLE_ROOT_LEVEL: u32 = 5;
-
-const FANOUT: usize = MERKLE_FANOUT as usize;
 
 /// The Merkle tree over the block digests of some content.
 ///
@@ -52,7 +52,7 @@ impl MerkleTree {
     #[must_use]
     pub fn children(&self, level: u32, index: u64) -> Vec<Digest> {
         if level < 2 || !self.has_leaves(level, index) {
-            return vec![Digest::default(); FANOUT];
+            return vec![Digest::default(); MERKLE_LEAF_BLOCKS];
         }
         let first = index * MERKLE_FANOUT;
         (first..first + MERKLE_FANOUT).map(|i| self.node(level - 1, i)).collect()
@@ -94,7 +94,7 @@ pub(crate) fn leaf_digests(
     index: u64,
 ) -> Result<Vec<Digest>, StoreError> {
     match index.checked_mul(MERKLE_FANOUT).filter(|first| *first < BLOCKS_MAX) {
-        Some(first) => digests(shared, content, BlockIndex(first).0, FANOUT),
-        None => Ok(vec![Digest::default(); FANOUT]),
+        Some(first) => digests(shared, content, BlockIndex(first).0, MERKLE_LEAF_BLOCKS),
+        None => Ok(vec![Digest::default(); MERKLE_LEAF_BLOCKS]),
     }
 }

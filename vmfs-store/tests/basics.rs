@@ -9,7 +9,7 @@ use vmfs_common::hash::hash;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{BlockIndex, Digest, ImageId, Seq};
 use vmfs_store::simdisk::SimDisk;
-use vmfs_store::{MERKLE_ROOT_LEVEL, Space, StoreError};
+use vmfs_store::{MERKLE_ROOT_LEVEL, Space, StoreConfig, StoreError};
 
 #[test]
 fn what_is_written_is_read_before_and_after_a_restart() {
@@ -102,6 +102,38 @@ fn retained_log_is_kept_and_let_go() {
     assert!(rig.image.log_start() > Seq(250), "{}", rig.image.log_start());
     let gone = rig.model.history[100].0;
     assert!(matches!(rig.image.roll_back(gone, true), Err(StoreError::CannotRollBack { to: Seq(100) })));
+    rig.model.check(&rig.image);
+}
+
+#[test]
+fn log_for_catch_up_is_kept_beyond_the_configured_bytes_as_long_as_it_is_wanted() {
+    let mut rig = Rig::with(SimDisk::new(1 << 30), StoreConfig { retain_log_bytes_max: 0, ..small() });
+    let overwrite = |rig: &mut Rig, times: u64| {
+        for round in 1..=times {
+            rig.write(round % 8, &[round]);
+        }
+        // The other superblock's checkpoint keeps its log, so it takes two to let go.
+        for _ in 0..2 {
+            rig.write(1, &[times]);
+            rig.image.set_commit(rig.image.sync().unwrap().seq);
+            rig.image.checkpoint().unwrap();
+        }
+        rig.image.log_start()
+    };
+    overwrite(&mut rig, 100);
+    let wanted = rig.image.head().seq;
+    rig.image.retain_for_catch_up(Some((wanted, 1 << 20)));
+    assert!(overwrite(&mut rig, 80) <= wanted);
+    let held = rig.disk.used_bytes();
+    // More than a megabyte of it.
+    assert!(overwrite(&mut rig, 400) > wanted);
+    let wanted = rig.image.head().seq;
+    rig.image.retain_for_catch_up(Some((wanted, 1 << 20)));
+    assert!(overwrite(&mut rig, 80) <= wanted);
+    rig.image.retain_for_catch_up(None);
+    assert!(overwrite(&mut rig, 8) > wanted);
+    rig.store.background(1 << 20).unwrap();
+    assert!(rig.disk.used_bytes() < held, "{} now, {held} then", rig.disk.used_bytes());
     rig.model.check(&rig.image);
 }
 

@@ -30,6 +30,8 @@ pub struct ImageStatus {
     /// Bytes of its segments.
     #[serde(default)]
     pub segment_bytes: u64,
+    /// Tails that were kept, in this host's copy.
+    pub forks: u64,
     /// `owner`, `replica` or `witness`.
     pub role: String,
     /// Name of the owner.

@@ -8,7 +8,9 @@ use vmfs_common::policy::{MEMBERS_MAX, MemberRole};
 use vmfs_common::state::ImageState;
 use vmfs_common::{BLOCK_BYTES, BlockIndex};
 use vmfs_proto::{Input, Machine};
-use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_ROOT_LEVEL, MerkleTree, Space, StoreError, View};
+use vmfs_store::{
+    Import, MERKLE_FANOUT, MERKLE_LEAF_BLOCKS, MERKLE_ROOT_LEVEL, MerkleTree, Space, StoreError, View,
+};
 
 use super::At;
 use super::model::{BLOCKS, Effect};
@@ -18,7 +20,6 @@ use super::world::{Event, World};
 const TRIES_MAX: u32 = 12;
 /// Merkle nodes or blocks handled in one step.
 const STEP: usize = 24;
-const FANOUT: usize = MERKLE_FANOUT as usize;
 
 /// What the owner vouches for.
 struct Vouched {
@@ -209,7 +210,8 @@ impl World {
         let retained = store.log_start() <= from.seq;
         self.cutting(at, vouched.base.head());
         let mut out = Vec::new();
-        let step = match import.finish(&vouched.base, vouched.state.clone(), true) {
+        let discards = !machine.is_part_of(&vouched.state);
+        let step = match import.finish(&vouched.base, vouched.state.clone(), discards) {
             Ok(fork) => {
                 self.note(|| format!("{at} has copied the state at {}", vouched.base.header.seq));
                 self.cut(at, from, vouched.base.head(), fork.as_ref(), retained);
@@ -240,8 +242,8 @@ fn copy_some(
             (merkle.children(level, index), ours.children(level, index))
         } else {
             (
-                view.digests(first, FANOUT).map_err(|e| (e, false))?,
-                import.digests(first, FANOUT).map_err(|e| (e, true))?,
+                view.digests(first, MERKLE_LEAF_BLOCKS).map_err(|e| (e, false))?,
+                import.digests(first, MERKLE_LEAF_BLOCKS).map_err(|e| (e, true))?,
             )
         };
         for i in (0..MERKLE_FANOUT).rev() {

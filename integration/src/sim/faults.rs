@@ -280,9 +280,12 @@ impl World {
             from = self.rng.index(self.hosts.len());
         }
         from = by.unwrap_or(from);
-        // From its owner, to a copy that it is the next one for, another one would be as good as the true one: a
-        // lying owner's are made elsewhere, and nobody else speaks on its connection.
-        let is_next = update.header.parent == head.digest && update.header.epoch.host == self.host_id(from);
+        // From its owner, to a copy that has its parent, another one would be as good as the true one: a lying
+        // owner's are made elsewhere, and nobody else speaks on its connection.
+        let parent = copy.store.head_at(update.header.seq.prev()).ok().flatten();
+        let has_parent =
+            update.header.parent == head.digest || parent.is_some_and(|p| p.digest == update.header.parent);
+        let is_next = has_parent && update.header.epoch.host == self.host_id(from);
         let (mut h, digest) = (update.header, update.digest);
         match self.rng.below(6) {
             0 if !payload.is_empty() => {

@@ -597,7 +597,8 @@ impl Image {
             if !core.machine.may_import(from, &state) {
                 return Ok(false);
             }
-            if let Some(fork) = import.finish(base, state.clone(), true)? {
+            let discards = !core.machine.is_part_of(&state);
+            if let Some(fork) = import.finish(base, state.clone(), discards)? {
                 tracing::info!(image = %self.id, fork = fork.name, "the replaced log is kept as a fork");
             }
             self.head_moved_back();

@@ -18,7 +18,7 @@ use vmfs_common::op::Op;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
 use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Head, HostId, ImageId, Seq};
-use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_ROOT_LEVEL, MerkleTree, View};
+use vmfs_store::{Import, MERKLE_FANOUT, MERKLE_LEAF_BLOCKS, MERKLE_ROOT_LEVEL, MerkleTree, View};
 
 use super::NodeInner;
 use super::ask::{Ask, BLOCK_INDEX_END, BLOCKS_MAX, Told};
@@ -34,8 +34,6 @@ const SERVED_TO_ONE_MAX: usize = 8;
 const REOPEN: Duration = Duration::from_secs(1);
 /// Merkle nodes of level 1 whose blocks are being copied at a time.
 const FETCHES_MAX: usize = 16;
-/// Blocks of one of them: 2 MiB.
-const LEAF_BLOCKS: usize = MERKLE_FANOUT as usize;
 /// Attempts at one question before the sync is given up (it is started anew by the next offer).
 const TRIES_MAX: u32 = 120;
 
@@ -179,7 +177,7 @@ impl SyncServer {
         let children = if level > 1 {
             Ok(open.merkle.children(level, index))
         } else {
-            open.view.digests(leaf_start(index), LEAF_BLOCKS)
+            open.view.digests(leaf_start(index), MERKLE_LEAF_BLOCKS)
         };
         match children {
             Ok(children) => (Told::Node, children.iter().flat_map(|d| *d.as_bytes()).collect()),
@@ -390,7 +388,7 @@ impl Puller {
 
     async fn children(&self, level: u32, index: u64) -> Result<Vec<Digest>, SyncError> {
         let (_, raw) = self.ask(Ask::SyncNode { token: self.token, level, index }).await?;
-        if raw.len() != LEAF_BLOCKS * Digest::LEN {
+        if raw.len() != MERKLE_LEAF_BLOCKS * Digest::LEN {
             return Err(SyncError::Lie("a Merkle node's size"));
         }
         let digest = |c: &[u8]| Digest::from_bytes(c.try_into().expect("invariant: chunks of 32 bytes"));
@@ -401,7 +399,7 @@ impl Puller {
     /// as they are in the import then.
     async fn copy_leaf(&self, import: &Arc<Import>, index: u64) -> Result<Vec<Digest>, SyncError> {
         let theirs = self.children(1, index).await?;
-        let ours = tokio::task::block_in_place(|| import.digests(leaf_start(index), LEAF_BLOCKS))?;
+        let ours = tokio::task::block_in_place(|| import.digests(leaf_start(index), MERKLE_LEAF_BLOCKS))?;
         let differ = (leaf_start(index).0..).zip(theirs.iter().zip(&ours)).filter(|(_, (a, b))| a != b);
         let differ: Vec<_> = differ.map(|(block, _)| BlockIndex(block)).collect();
         for blocks in differ.chunks(BLOCKS_MAX) {
@@ -422,7 +420,7 @@ impl Puller {
             )?;
             self.image.sync_progress(blocks.len() as u64);
         }
-        Ok(tokio::task::block_in_place(|| import.digests(leaf_start(index), LEAF_BLOCKS))?)
+        Ok(tokio::task::block_in_place(|| import.digests(leaf_start(index), MERKLE_LEAF_BLOCKS))?)
     }
 }
 
@@ -453,7 +451,7 @@ mod tests {
             runs(&blocks).collect::<Vec<_>>()
         };
         assert!(of(&[]).is_empty());
-        assert_eq!(of(&[7]), [0..1]);
+        assert_eq!(of(&[7, 9]), [0..1, 1..2]);
         assert_eq!(of(&[1, 2, 3, 5, 4, 6, 7]), [0..3, 3..4, 4..5, 5..7]);
         assert_eq!(of(&[u64::MAX, 0, 1, 1]), [0..1, 1..3, 3..4]);
     }
