@@ -81,7 +81,7 @@ fn could_acknowledge(rule: &Rule, owner: HostId, took_part: &dyn Fn(HostId) -> b
     let (need_headers, need_data) = quorum_of(rule, rule.policy.on_quorum_loss == OnQuorumLoss::Degrade);
     match rule.policy.acks {
         Acks::Local => !took_part(owner),
-        Acks::All if rule.policy.on_quorum_loss == OnQuorumLoss::Stall => headers == list.len(),
+        // Also where all acknowledge: a quorum may have removed the others, or changed the policy.
         Acks::Majority | Acks::All => headers >= need_headers && data >= need_data,
     }
 }

@@ -403,6 +403,23 @@ fn a_forced_promotion_knows_when_nothing_can_be_missing() {
     c.write_and_flush(1);
 }
 
+/// Found by the simulator (seed 35590): where all have to acknowledge, a quorum may still remove one of them.
+#[test]
+fn a_forced_promotion_of_a_member_that_was_removed_unheard_does_not_say_that_nothing_is_missing() {
+    let mut c = cluster(&[Replica; 3], ImagePolicy { acks: Acks::All, ..STALL });
+    c.write_and_flush(0);
+    c.isolate(2);
+    assert!(remove(&mut c, 0, 2).is_ok());
+    c.write_and_flush(0);
+    c.crash(0);
+    c.crash(1);
+    c.run(1000);
+    c.oracle.suspended = true;
+    let answer = promote(&mut c, 2, true);
+    let unknown = matches!(answer, Ok(OpOutcome::Promoted { loss: Loss::UnknownAfter { .. }, .. }));
+    assert!(unknown, "{answer:?}");
+}
+
 #[test]
 fn a_failed_store_takes_part_in_nothing() {
     let mut c = cluster(&[Replica; 3], STALL);
