@@ -102,7 +102,7 @@ fn replica_away_for_longer_than_the_log_reaches_copies_once_under_load() {
     keep_log(&cluster, "8MiB");
     under_load(&cluster, 96 * MIB, |load| {
         cluster.kill9("c");
-        load.wait_written(200 * MIB);
+        load.wait_written(160 * MIB);
         cluster.restart("c");
         until_true("c is in sync while the guest writes", secs(60), || is_in_sync(&cluster, "c"));
         // It stays so: it is fed like the others.

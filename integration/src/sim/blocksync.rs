@@ -175,9 +175,11 @@ impl World {
         if made.is_err() && machine.state().head() != store.head() {
             self.env(owner, |env| machine.handle(env, Input::StoreFailed, &mut out));
         }
+        // Before a power cut that was the reason is carried out.
+        let made = made.map_err(|e| excused(self, &e));
         self.unlock(owner, machine, out);
         self.settle(owner);
-        let (root, seal) = made.map_err(|e| excused(self, &e))?;
+        let (root, seal) = made?;
         let state = view.state();
         let key = state.members.get(self.host_id(owner)).ok_or("the owner is no member")?.key;
         let vouches = check_seal(&seal, &key).is_ok() && seal.header.parent == root.digest;

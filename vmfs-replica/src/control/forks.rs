@@ -173,6 +173,41 @@ impl Target<'_> {
             return Ok(());
         }
         let mode = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(self.file, mode, at, count)?)
+        match rustix::fs::fallocate(self.file, mode, at, count) {
+            // Not every filesystem has holes.
+            Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(self.file, at, count),
+            done => Ok(done?),
+        }
+    }
+}
+
+fn write_zeros(file: &File, at: u64, count: u64) -> std::io::Result<()> {
+    const PIECE: u64 = 1 << 20;
+    let zeros = vec![0; 1 << 20];
+    for start in (at..at + count).step_by(1 << 20) {
+        let n = usize::try_from((at + count - start).min(PIECE)).expect("invariant: a mebibyte at most");
+        file.write_all_at(&zeros[..n], start)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn zeros_are_written_where_they_belong_and_nowhere_else() {
+        let path = std::env::temp_dir().join(format!("vmfs-zeros-{}", std::process::id()));
+        let mut expected = vec![7u8; (3 << 20) + 100];
+        std::fs::write(&path, &expected).unwrap();
+        let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        for (at, count) in [(5, 0), (10, 1), (4096, (2 << 20) + 50)] {
+            super::write_zeros(&file, at, count).unwrap();
+            expected[usize::try_from(at).unwrap()..][..usize::try_from(count).unwrap()].fill(0);
+        }
+        let mut got = vec![0; expected.len()];
+        file.read_exact_at(&mut got, 0).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(got == expected);
     }
 }

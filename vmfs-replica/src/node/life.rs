@@ -255,7 +255,7 @@ impl Image {
             (self.store.log_start(), self.store.allocated_blocks().0 * BLOCK_BYTES_U64);
         let away_max = if node.config.store.log_retain.is_some() { 0 } else { content / 2 };
         let mut wanted: Option<(Seq, u64)> = None;
-        for m in status.members.iter().filter(|m| m.durable_seq < status.head.seq) {
+        for m in status.members.iter().filter(|m| m.host != node.identity.host) {
             let copies = node.sync_server.copied_up_to(m.host, self.id);
             let from = copies.unwrap_or(m.durable_seq).next();
             if from < log_start {

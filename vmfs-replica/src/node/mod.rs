@@ -21,6 +21,7 @@ mod line;
 pub(crate) mod memory;
 mod quota;
 mod repair;
+mod replace;
 mod ring;
 mod scrub;
 mod start;
