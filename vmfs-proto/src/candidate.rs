@@ -12,7 +12,7 @@ use vmfs_common::policy::{Member, MemberList, MemberRole};
 use crate::api::{Env, Event, Output, Timing, Token};
 use crate::loss::Loss;
 use crate::machine::{Machine, RoleState, op_done, send};
-use crate::ops::{Answer, OpError};
+use crate::ops::{Answer, FlushError, OpError};
 
 /// Where a candidacy stands.
 #[cfg_attr(any(test, feature = "testing"), derive(Clone))]
@@ -429,6 +429,8 @@ impl Machine {
         }
         self.role = RoleState::Follower;
         self.promise = self.promise.take().filter(|p| p.from != self.id.host);
+        // As any that is asked of a follower.
+        self.fail_flushes(FlushError::NotOwner, out);
         let owner = self.epoch().host;
         if self.connected.contains(&owner) {
             send(out, owner, ImageMsg::WhoOwns { head: self.state.head() });

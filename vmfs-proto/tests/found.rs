@@ -10,7 +10,7 @@ use vmfs_common::policy::MemberRole::{self, Replica, Witness};
 use vmfs_common::policy::{Acks, ImagePolicy, OnQuorumLoss};
 use vmfs_common::{Digest, Epoch, Head, Seq};
 use vmfs_proto::testing::{At, Cluster, Packet, member};
-use vmfs_proto::{Input, OpError, OpOutcome};
+use vmfs_proto::{FlushError, Input, OpError, OpOutcome};
 
 const STALL: ImagePolicy = ImagePolicy { acks: Acks::Majority, on_quorum_loss: OnQuorumLoss::Stall };
 
@@ -328,4 +328,16 @@ fn a_member_whose_part_of_the_log_is_damaged_is_given_the_blocks() {
     c.input(0, Input::LogUnreadable { to: host, seq: bad });
     c.until("copying", 3000, |c| c.nodes[2].is_importing());
     c.until("there", 5000, |c| c.nodes[2].head() == c.nodes[0].head());
+}
+
+/// Seed 32490 of the simulator: it waited until the copy was an owner again, of other content by then.
+#[test]
+fn a_flush_does_not_outlive_the_candidacy_in_which_it_was_asked() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.isolate(1);
+    let promotion = c.op(1, |token| Input::Promote { force: false, token });
+    let flush = c.flush(1);
+    assert!(matches!(c.answer(promotion), Err(OpError::NoQuorum { .. })));
+    assert_eq!(c.flush_answer(flush), Err(FlushError::NotOwner));
 }
