@@ -73,10 +73,15 @@ impl Loaded {
         }
         file.sync().during(|| format!("syncing the map of image {}", self.image))
     }
-    /// Numbers of the segments that the newest checkpoint lists.
-    pub(crate) fn in_use(&self) -> BTreeSet<u32> {
+    /// A superblock could not be read, which may have been that of a later checkpoint.
+    pub(crate) fn is_fallback(&self) -> bool {
+        self.slots.iter().any(Option::is_none)
+    }
+    /// Numbers and generations of the segments that the newest checkpoint lists. After a fall-back, those that
+    /// it lists for their log alone may have been used again since, also by another image.
+    pub(crate) fn listed(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
         let b = &self.newest().body;
-        b.segments.iter().chain(b.forks.iter().flat_map(|f| &f.chain)).map(|r| r.no).collect()
+        b.segments.iter().chain(b.forks.iter().flat_map(|f| &f.chain)).map(|r| (r.no, r.generation))
     }
 }
 
@@ -117,7 +122,7 @@ pub(crate) fn recover(
 ) -> Result<Recovered, StoreError> {
     let newest = loaded.newest();
     let body = &newest.body;
-    let fallback = loaded.slots.iter().any(Option::is_none);
+    let fallback = loaded.is_fallback();
     let segments = segments_of(shared, body, fallback)?;
     let chain = chain_of(body, &segments);
     let mut later: BTreeMap<u64, Candidate> = BTreeMap::new();

@@ -1,6 +1,6 @@
 //! The store: one directory, its images, its metadata.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -395,9 +395,12 @@ impl Opening {
         self.damaged.push((image, e.to_string()));
     }
     fn scan_segments(&mut self, shared: &Shared) -> Result<(), StoreError> {
-        let in_use: std::collections::BTreeSet<u32> = self.loaded.iter().flat_map(Loaded::in_use).collect();
-        let known: std::collections::BTreeSet<ImageId> = self.loaded.iter().map(|l| l.image).collect();
-        let mut next_no = in_use.last().map_or(0, |n| n + 1);
+        let (unsure, sure): (Vec<_>, Vec<_>) = self.loaded.iter().partition(|l| l.is_fallback());
+        let in_use: BTreeSet<u32> = sure.into_iter().flat_map(Loaded::listed).map(|(no, _)| no).collect();
+        let perhaps: BTreeSet<(u32, u64)> = unsure.into_iter().flat_map(Loaded::listed).collect();
+        let known: BTreeSet<ImageId> = self.loaded.iter().map(|l| l.image).collect();
+        let highest = in_use.iter().copied().chain(perhaps.iter().map(|(no, _)| *no)).max();
+        let mut next_no = highest.map_or(0, |n| n + 1);
         let mut unused = Vec::new();
         for name in shared.disk.list("seg").during(|| "listing segments".into())? {
             let Ok(no) = name.parse::<u32>() else { continue };
@@ -410,6 +413,11 @@ impl Opening {
             }
             let file = shared.disk.open(&file_name(no), false).during(|| format!("opening {name}"))?;
             let header = SegmentHeader::read(no, &*file)?.filter(|h| h.store == shared.store);
+            // Still what the checkpoint lists, unless its header says that it has been used again.
+            let listed = perhaps.range((no, 0)..=(no, u64::MAX)).next().is_some();
+            if listed && header.as_ref().is_none_or(|h| perhaps.contains(&(no, h.generation))) {
+                continue;
+            }
             match header {
                 Some(header) if known.contains(&header.image) => {
                     self.candidates.entry(header.image).or_default().push(Candidate { no, header });
