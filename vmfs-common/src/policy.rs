@@ -142,6 +142,10 @@ impl MemberList {
     /// Members that make a majority.
     #[must_use]
     pub fn quorum(&self) -> usize {
+        #[cfg(feature = "testing")]
+        if crate::weaken::is(crate::weaken::Weakness::QuorumOfHalf) {
+            return self.0.len().div_ceil(2);
+        }
         self.0.len() / 2 + 1
     }
     /// Data copies a majority flush needs: f + 1 with f = floor((n-1)/2).

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 
 /// A rule of DESIGN.md, broken on purpose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Weakness {
     /// Votes are compared by the length of their chains instead of by (epoch, seq).
     HeadsByLength,
@@ -13,6 +13,30 @@ pub enum Weakness {
     OldEpochCommits,
     /// Votes are sent before the promise they carry is durable.
     PromiseNotDurable,
+    /// An update is taken though nothing shows that the owner made it: rules 3 and 4 of the chain.
+    OriginUnchecked,
+    /// Updates of an epoch below the promise are acknowledged.
+    AckBelowPromise,
+    /// Ballots below the promise are voted for.
+    LowerBallotAccepted,
+    /// Half of the members make a quorum.
+    QuorumOfHalf,
+    /// An owner that has lost its quorum goes on.
+    OwnerNeverFreezes,
+}
+
+impl Weakness {
+    /// Every one of them.
+    pub const ALL: &[Self] = &[
+        Self::HeadsByLength,
+        Self::OldEpochCommits,
+        Self::PromiseNotDurable,
+        Self::OriginUnchecked,
+        Self::AckBelowPromise,
+        Self::LowerBallotAccepted,
+        Self::QuorumOfHalf,
+        Self::OwnerNeverFreezes,
+    ];
 }
 
 /// `.ci/run` looks for this in the release binaries, where it must not be.

@@ -376,7 +376,7 @@ impl Machine {
             return;
         }
         self.owner_heard_ns = env.time_ns;
-        if current < self.promised() {
+        if current < self.promised() && !acks_go_on() {
             self.refuse(env, from, None, Refusal::Promised, out);
             return;
         }
@@ -395,7 +395,8 @@ impl Machine {
         let head = self.durable;
         let owner = self.epoch();
         let mine = matches!(self.role, RoleState::Follower) && self.meta_persisted > 0 && head.epoch == owner;
-        if !mine || owner < self.promised() {
+        let promised = owner < self.promised() && !acks_go_on();
+        if !mine || promised {
             return;
         }
         if head.seq < low {
@@ -409,4 +410,13 @@ impl Machine {
         }
         send(out, owner.host, ImageMsg::Ack { head, store: self.id.store });
     }
+}
+
+/// Always false outside of tests: nothing below the promise is acknowledged.
+fn acks_go_on() -> bool {
+    #[cfg(any(test, feature = "testing"))]
+    if vmfs_common::weaken::is(vmfs_common::weaken::Weakness::AckBelowPromise) {
+        return true;
+    }
+    false
 }

@@ -92,7 +92,7 @@ impl Machine {
             return Err(VoteRefusal::NotOwner(epoch));
         }
         let highest = self.promised().max(epoch);
-        if proposal.ballot <= highest {
+        if proposal.ballot <= highest && !lower_ballots_count() {
             return Err(VoteRefusal::Promised(highest));
         }
         if !self.is_near(proposal.ballot) {
@@ -310,4 +310,13 @@ impl Machine {
     pub(crate) fn note_foreign(&self, theirs: Head, out: &mut Vec<Output>) {
         out.push(Output::Report(Event::Fork { ours: self.state.head(), theirs }));
     }
+}
+
+/// Always false outside of tests: a ballot below the promise gets no vote.
+fn lower_ballots_count() -> bool {
+    #[cfg(any(test, feature = "testing"))]
+    if vmfs_common::weaken::is(vmfs_common::weaken::Weakness::LowerBallotAccepted) {
+        return true;
+    }
+    false
 }

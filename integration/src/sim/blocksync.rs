@@ -13,6 +13,8 @@ use vmfs_store::{
 };
 
 use super::At;
+use super::broken::Broken;
+use super::check::Check;
 use super::model::{BLOCKS, Effect};
 use super::world::{Event, World};
 
@@ -118,7 +120,8 @@ impl World {
         let copied = if witness || pull.todo.is_empty() && pull.wanted.is_empty() {
             None
         } else {
-            Some(copy_some(import, vouched, &mut pull.todo, &mut pull.wanted))
+            let skips = self.is_broken(Broken::BlocksSkipped);
+            Some(copy_some(import, vouched, &mut pull.todo, &mut pull.wanted, skips))
         };
         match copied {
             Some(Ok(())) => Step::Again(self.rng.between(500, 20_000)),
@@ -165,6 +168,12 @@ impl World {
                 self.made(owner, &root, Effect::None, false);
                 let stored = self.store_own(owner, &root, &[], Space::Control);
                 stored.and_then(|()| {
+                    if self.is_broken(Broken::SealOnAnother) {
+                        let op = Op::Resize { size_bytes: view.state().size_bytes };
+                        let other = self.env(owner, |env| machine.append(env, Draft::op(op), &mut out));
+                        self.made(owner, &other, Effect::None, false);
+                        self.store_own(owner, &other, &[], Space::Control)?;
+                    }
                     let seal = self.env(owner, |env| machine.seal(env, &mut out));
                     self.made(owner, &seal, Effect::None, false);
                     self.store_own(owner, &seal, &[], Space::Control).map(|()| (root, seal))
@@ -184,7 +193,7 @@ impl World {
         let key = state.members.get(self.host_id(owner)).ok_or("the owner is no member")?.key;
         let vouches = check_seal(&seal, &key).is_ok() && seal.header.parent == root.digest;
         if !vouches || state.head() != base.head() {
-            self.fail(format!("the Seal of host {owner} does not vouch for its Root"));
+            self.fail(Check::SealVouches, format!("the Seal of host {owner} does not vouch for its Root"));
         }
         let state = ImageState::decode(&state.encode()).map_err(|e| e.to_string())?;
         Ok(Vouched { base, merkle, state, view, life: self.life(owner) })
@@ -196,7 +205,10 @@ impl World {
         match import.merkle_tree() {
             Ok(m) if witness || m == vouched.merkle => {}
             Ok(_) => {
-                self.fail(format!("host {at} copied every block, and has another Merkle root"));
+                self.fail(
+                    Check::CopiedIsVouchedFor,
+                    format!("host {at} copied every block, and has another Merkle root"),
+                );
                 return Step::Failed("wrong root".into());
             }
             Err(e) => return self.import_error(at, &e),
@@ -236,6 +248,7 @@ fn copy_some(
     Vouched { view, merkle, .. }: &Vouched,
     todo: &mut Vec<(u32, u64)>,
     wanted: &mut Vec<BlockIndex>,
+    skips: bool,
 ) -> Result<(), (StoreError, bool)> {
     for _ in 0..STEP {
         let Some((level, index)) = todo.pop() else { break };
@@ -263,6 +276,9 @@ fn copy_some(
     }
     for _ in 0..STEP {
         let Some(block) = wanted.pop() else { break };
+        if skips {
+            continue;
+        }
         let digest = view.digests(block, 1).map_err(|e| (e, false))?[0];
         let mut buf = vec![0u8; BLOCK_BYTES];
         if digest.is_zero() {

@@ -5,6 +5,7 @@ use vmfs_common::policy::MemberRole;
 use vmfs_proto::{Input, OpError};
 
 use super::At;
+use super::check::Check;
 use super::model::BLOCKS;
 use super::world::World;
 
@@ -39,7 +40,8 @@ impl World {
             }
             if self.now > deadline {
                 let roles = self.describe();
-                return self.fail(format!("not converged {BOUND_MS} ms after the last fault\n{roles}"));
+                let what = format!("not converged {BOUND_MS} ms after the last fault\n{roles}");
+                return self.fail(Check::Converges, what);
             }
             ordered = self.tend(ordered);
             self.run(250_000);
@@ -208,7 +210,7 @@ impl World {
         match store.verify(&mut |_, _| {}) {
             // Damage to the log beside the content lasts until the log is trimmed.
             Ok(r) if r.bad_blocks.is_empty() && (r.bad_updates.is_empty() || self.hosts[at].bad_disk) => {}
-            Ok(r) => self.fail(format!("host {at} does not verify: {r:?}")),
+            Ok(r) => self.fail(Check::CopyVerifies, format!("host {at} does not verify: {r:?}")),
             Err(e) => self.store_error(at, &e, "verifying"),
         }
     }

@@ -17,6 +17,8 @@ use vmfs_store::{Space, StoreError};
 
 use super::At;
 use super::blocksync::Pull;
+use super::broken::Broken;
+use super::check::Check;
 use super::line::{Feed, Line, Work};
 use super::link::Packet;
 use super::model::Effect;
@@ -82,7 +84,8 @@ impl World {
         let life = self.life(at);
         match output {
             Output::Send { to, msg } => {
-                self.check_said(at, machine, &msg);
+                let Some(msg) = self.bent_message(at, msg) else { return };
+                self.check_said(at, &msg);
                 self.on_line(at, to, |l| l.messages.push_back(*msg));
             }
             Output::Stream { to, after, headers_only } => self.on_line(at, to, |l| {
@@ -90,6 +93,10 @@ impl World {
             }),
             Output::StopStream { to } => self.on_line(at, to, Line::stop_feed),
             Output::RequestSync { to, seq, commit } => self.on_line(at, to, |l| l.sync(seq, commit)),
+            Output::LocalSync if self.is_broken(Broken::SyncedTooEarly) => {
+                let head = machine.state().head();
+                self.env(at, |env| machine.handle(env, Input::Synced { head }, more));
+            }
             Output::LocalSync => {
                 let delay = self.disk_delay();
                 self.after(delay, Event::SyncRun { at, life });
@@ -98,6 +105,9 @@ impl World {
                 let forced = matches!(&update.header.op, Op::EpochStart(s)
                     if matches!(s.mandate, vmfs_common::election::Mandate::Forced(_)));
                 self.made(at, &update, Effect::None, forced);
+                if self.is_broken(Broken::AppendedTwice) {
+                    self.made(at, &update, Effect::None, forced);
+                }
                 if let Err(e) = self.store_own(at, &update, &[], Space::Control) {
                     self.store_error(at, &e, "appending an update of the machine's");
                     self.env(at, |env| machine.handle(env, Input::StoreFailed, more));
@@ -114,8 +124,14 @@ impl World {
             Output::RollBack { to, keep_fork } => {
                 self.roll_back(at, machine, to, keep_fork, more);
             }
+            Output::FlushDone { token, result: Err(_) } if self.is_broken(Broken::FlushOutlivesOwner) => {
+                self.oracle.kept_waiting.push((at, token));
+            }
+            Output::FlushDone { token, .. } if self.is_broken(Broken::FlushErrorSwallowed) => {
+                self.flush_done(at, machine, token, Ok(()));
+            }
             Output::FlushDone { token, result } => self.flush_done(at, machine, token, result),
-            Output::OpDone { token, result } => self.op_done(at, token, result),
+            Output::OpDone { token, result } => self.op_done(at, token, self.bent_answer(at, result)),
             Output::ReadHeaders { to, after, upto } => {
                 let delay = self.disk_delay();
                 self.after(delay, Event::ReadHeaders { at, life, to, after, upto });
@@ -254,7 +270,7 @@ impl World {
         let host = &self.hosts[at];
         let latched = matches!(e, StoreError::Latched { .. });
         if !(host.is_excused() || latched) {
-            self.fail(format!("{what} failed at host {at} on a healthy disk: {e}"));
+            self.fail(Check::StoreWorks, format!("{what} failed at host {at} on a healthy disk: {e}"));
         }
     }
 
@@ -263,7 +279,7 @@ impl World {
         let store = copy.store.clone();
         let life = self.life(at);
         let delay = self.disk_delay() / 2;
-        match store.sync() {
+        match self.synced(&store) {
             Ok(head) => {
                 self.durable(at, head);
                 self.after(delay, Event::SyncDone { at, life, head });
@@ -284,8 +300,11 @@ impl World {
             return;
         };
         let store = running.store.clone();
+        let bytes = self.bent_promises(bytes);
         self.hosts[at].known.meta_maybe = Some(bytes.clone());
-        match store.put_meta(super::host::IMAGE, &bytes) {
+        let forgotten = self.is_broken(Broken::PromiseForgotten);
+        let put = if forgotten { Ok(()) } else { store.put_meta(super::host::IMAGE, &bytes) };
+        match put {
             Ok(()) => {
                 let known = &mut self.hosts[at].known;
                 known.meta = Some(bytes);
@@ -318,11 +337,14 @@ impl World {
         } else {
             self.cutting(at, to);
         }
-        match store.roll_back(to, keep_fork) {
+        match self.cut_back(&store, to, keep_fork) {
             Ok(fork) => {
                 self.note(|| format!("{at} rolls back from {} to {} of {}", from.seq, to.seq, to.epoch));
                 self.cut(at, from, to, fork.as_ref(), retained);
                 self.env(at, |env| machine.rolled_back(env, (*store.state()).clone(), out));
+                for token in self.kept_waiting(at) {
+                    self.flush_done(at, machine, token, Ok(()));
+                }
                 true
             }
             Err(StoreError::CannotRollBack { .. })
@@ -353,14 +375,18 @@ impl World {
         match packet {
             Packet::Control(bytes) => match msg::decode::<ImageMsg>(bytes) {
                 Ok(m) => {
-                    if let ImageMsg::Propose { proposal, .. } = &m {
+                    if let ImageMsg::Propose { proposal, .. } = &m
+                        && self.hosts[from].liar
+                    {
                         self.oracle.proposals.insert(proposal.digest(), proposal.ballot);
                     }
                     self.message(host, at, m);
                 }
                 // As the engine does: whoever says what cannot be read is hung up on.
                 Err(_) if self.hosts[from].liar => self.reset(from, at),
-                Err(e) => self.fail(format!("a message of host {from} does not decode: {e}")),
+                Err(e) => {
+                    self.fail(Check::MessagesDecode, format!("a message of host {from} does not decode: {e}"))
+                }
             },
             Packet::Update(header, payload) => match Update::decode(header) {
                 Ok(update) => self.take(host, at, &update, payload),
@@ -424,7 +450,9 @@ impl World {
                     let payload = if store.kind() == MemberRole::Witness { &[] } else { payload };
                     let reserved =
                         store.reserve(update.bytes.len(), payload.len() / BLOCK_BYTES, Space::Data);
-                    match reserved.and_then(|r| store.append(r, update, payload)) {
+                    let skipped = self.breaks(Broken::AppendSkipped, 20);
+                    let append = |r| if skipped { Ok(()) } else { store.append(r, update, payload) };
+                    match reserved.and_then(append) {
                         Ok(()) => {
                             self.taken(at, update);
                             self.wake_lines(at);

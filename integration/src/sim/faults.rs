@@ -95,7 +95,76 @@ impl World {
             5 if self.rng.one_in(10) => {
                 self.order(at, |token| Input::Fail { token });
             }
+            6 if plan.promotions && plan.network && self.rng.one_in(3) => self.take_turns(at),
+            7 if plan.forced && self.rng.one_in(2) => self.force_one_that_lags(at),
             _ => {}
+        }
+    }
+
+    /// Two halves of the members run the image in turn: the owner is cut off while its guest writes, another host
+    /// is promoted and acknowledges something, then that one is cut off, and the first half goes on.
+    fn take_turns(&mut self, next: At) {
+        let Some(first) = self.owner().filter(|owner| *owner != next) else { return };
+        self.isolate(first, true);
+        for _ in 0..self.rng.below(12) {
+            self.write(first);
+        }
+        self.order(next, |token| Input::Promote { force: false, token });
+        self.flush_soon(next);
+        if self.rng.one_in(2) {
+            self.write(next);
+            let pause = self.rng.below(200_000);
+            self.run(pause);
+        }
+        self.isolate(first, false);
+        self.isolate(next, true);
+        let pause = self.rng.below(1_000_000);
+        self.run(pause);
+        let again = self.rng.index(self.hosts.len());
+        self.order(again, |token| Input::Promote { force: false, token });
+        let patience = self.rng.below(3_000_000);
+        self.run(patience);
+    }
+
+    /// A guest flushes as soon as a host owns the image, and nothing happens before it has its answer.
+    fn flush_soon(&mut self, at: At) {
+        let mut asked = None;
+        for _ in 0..self.rng.between(50, 600) {
+            self.run(5_000);
+            let owns = self.hosts[at].machine().is_some_and(|m| m.describe_role().starts_with("owner"));
+            match asked {
+                None if owns => asked = Some(self.flush(at)),
+                Some(token) if self.oracle.flushed.contains_key(&token) => return,
+                _ => {}
+            }
+        }
+    }
+
+    /// Only a member that lags behind is left, and an operator forces it: the owner's guest flushes while that
+    /// member is cut off, and the owner is cut off when it is back.
+    fn force_one_that_lags(&mut self, at: At) {
+        let Some(owner) = self.owner().filter(|owner| *owner != at) else { return };
+        self.isolate(at, true);
+        for _ in 0..self.rng.between(1, 3) {
+            self.write(owner);
+            self.flush(owner);
+            let pause = self.rng.between(100_000, 3_000_000);
+            self.run(pause);
+        }
+        self.isolate(at, false);
+        self.isolate(owner, true);
+        let pause = self.rng.below(2_000_000);
+        self.run(pause);
+        self.order(at, |token| Input::Promote { force: true, token });
+        let patience = self.rng.between(1_000_000, 20_000_000);
+        self.run(patience);
+    }
+
+    /// Cuts all ways to and from a host, or opens them.
+    pub(crate) fn isolate(&mut self, at: At, cut: bool) {
+        for other in 0..self.hosts.len() {
+            self.set_open(at, other, !cut);
+            self.set_open(other, at, !cut);
         }
     }
 
@@ -169,18 +238,12 @@ impl World {
                 self.set_open(a, b, false);
                 self.set_open(b, a, false);
             }
-            9 if plan.network => (0..n).for_each(|x| {
-                self.set_open(a, x, false);
-                self.set_open(x, a, false);
-            }),
+            9 if plan.network => self.isolate(a, true),
             10..=12 => {
                 self.set_open(a, b, true);
                 self.set_open(b, a, true);
             }
-            13 => (0..n).for_each(|x| {
-                self.set_open(a, x, true);
-                self.set_open(x, a, true);
-            }),
+            13 => self.isolate(a, false),
             14 if plan.slow && a != b => {
                 let (delay, rate) = (self.rng.below(80_000), [0, 20, 200][self.rng.index(3)]);
                 let way = self.net.way(a, b);
@@ -280,12 +343,10 @@ impl World {
             from = self.rng.index(self.hosts.len());
         }
         from = by.unwrap_or(from);
-        // From its owner, to a copy that has its parent, another one would be as good as the true one: a lying
-        // owner's are made elsewhere, and nobody else speaks on its connection.
-        let parent = copy.store.head_at(update.header.seq.prev()).ok().flatten();
-        let has_parent =
-            update.header.parent == head.digest || parent.is_some_and(|p| p.digest == update.header.parent);
-        let is_next = has_parent && update.header.epoch.host == self.host_id(from);
+        // From its owner, to a copy that has the update before it (and may be cut back to that), another one would
+        // be as good as the true one: a lying owner's are made elsewhere, and nobody else speaks on its connection.
+        let before = copy.store.head_at(update.header.seq.prev()).ok().flatten().unwrap_or(head);
+        let is_next = update.header.parent == before.digest && update.header.epoch.host == self.host_id(from);
         let (mut h, digest) = (update.header, update.digest);
         match self.rng.below(6) {
             0 if !payload.is_empty() => {
@@ -340,8 +401,9 @@ impl World {
         if self.oracle.heard.is_empty() {
             return;
         }
-        let i = self.rng.index(self.oracle.heard.len());
-        let (from, to, packet) = self.oracle.heard[i].clone();
+        let votes = !self.oracle.heard_votes.is_empty() && self.rng.one_in(3);
+        let heard = if votes { &self.oracle.heard_votes } else { &self.oracle.heard };
+        let (from, to, packet) = heard[self.rng.index(heard.len())].clone();
         if !super::oracle::may_be_replayed(&packet) || self.net.session(to, from).is_none() {
             return;
         }

@@ -10,12 +10,15 @@
 //! - [`link`], [`line`]: the network; what one host has to say to another
 //! - [`blocksync`]: block-level sync, in steps
 //! - [`rot`], [`liar`]: a disk, and a host, that cannot be trusted
+//! - [`check`]: the checks by name; [`broken`]: rules broken on purpose, to show that the checks notice
 //! - [`tenure`]: what must hold of flushes, owners and promotions
 //! - [`schedule`]: what guests, operators and fate do
 //!
 //! Not here: sockets, threads, the mount, and a second image (images share nothing but the meta journal).
 
 mod blocksync;
+mod broken;
+mod check;
 mod converge;
 mod drive;
 mod faults;
@@ -37,6 +40,9 @@ mod world;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use world::World;
+
+pub use broken::Broken;
+pub use check::Check;
 
 /// Index of a host in its cluster.
 type At = usize;
@@ -107,6 +113,8 @@ pub struct Failure {
     pub seed: u64,
     /// Replays the run.
     pub ticks: u64,
+    /// Which check failed.
+    pub check: Check,
     /// What was found.
     pub what: String,
     /// The last events before it.
@@ -115,7 +123,7 @@ pub struct Failure {
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        writeln!(f, "seed {} fails: {}", self.seed, self.what)?;
+        writeln!(f, "seed {} fails {:?}: {}", self.seed, self.check, self.what)?;
         for line in &self.trace {
             writeln!(f, "    {line}")?;
         }
@@ -135,27 +143,41 @@ const TRACE_LINES: usize = 120;
 /// # Errors
 /// The first promise found broken, with the trace of the events before it.
 pub fn run(seed: u64, ticks: u64) -> Result<Tally, Box<Failure>> {
-    attempt(seed, ticks, false).map_err(|(what, _)| explain(seed, ticks, &what))
+    attempt(seed, ticks, None, false).map_err(|((check, what), _)| explain(seed, ticks, check, &what))
 }
 
-fn explain(seed: u64, ticks: u64, what: &str) -> Box<Failure> {
-    let (again, trace) = match attempt(seed, ticks, true) {
-        Err((again, trace)) => (again, trace),
+/// As [`run`], with something broken on purpose: its check and words, if one fails.
+///
+/// # Errors
+/// The first check that fails.
+pub fn run_broken(seed: u64, ticks: u64, broken: Option<Broken>) -> Result<Tally, (Check, String)> {
+    attempt(seed, ticks, broken, false).map_err(|(violation, _)| violation)
+}
+
+fn explain(seed: u64, ticks: u64, check: Check, what: &str) -> Box<Failure> {
+    let (again, trace) = match attempt(seed, ticks, None, true) {
+        Err(((_, again), trace)) => (again, trace),
         Ok(_) => ("nothing".to_owned(), Vec::new()),
     };
     let what = if again == what { again } else { format!("{what}\n  and again, differently: {again}") };
-    Box::new(Failure { seed, ticks, what, trace })
+    Box::new(Failure { seed, ticks, check, what, trace })
 }
 
-fn attempt(seed: u64, ticks: u64, trace: bool) -> Result<Tally, (String, Vec<String>)> {
+/// A check that failed, and the events before it.
+type Found = ((Check, String), Vec<String>);
+
+fn attempt(seed: u64, ticks: u64, broken: Option<Broken>, trace: bool) -> Result<Tally, Found> {
     let mut world = World::new(seed, trace);
+    world.broken = broken;
     let panicked = catch_unwind(AssertUnwindSafe(|| schedule::run(&mut world, ticks)));
-    let what = match panicked {
-        Ok(()) => world.violation.take(),
-        Err(cause) => {
+    // What a check has found may be why something panics after it.
+    let what = match (world.violation.take(), panicked) {
+        (Some(found), _) => Some(found),
+        (None, Ok(())) => None,
+        (None, Err(cause)) => {
             let text = cause.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| cause.downcast_ref::<&str>().copied());
-            Some(format!("panic: {}", text.unwrap_or("without a message")))
+            Some((Check::NoPanic, format!("panic: {}", text.unwrap_or("without a message"))))
         }
     };
     match what {

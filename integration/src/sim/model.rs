@@ -1,11 +1,13 @@
 //! What every update was meant to do, as the guests asked for it: a tree of all updates that any owner
 //! ever made, with the content after each. Knows nothing of headers, logs or maps.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use vmfs_common::policy::{Acks, OnQuorumLoss};
-use vmfs_common::{BLOCK_BYTES, BLOCK_BYTES_U64, Digest, Head};
+use vmfs_common::{BLOCK_BYTES, BLOCK_BYTES_U64, Digest, Epoch, Head};
+
+use super::check::Check;
 
 /// Blocks of the simulated image.
 pub(crate) const BLOCKS: usize = 160;
@@ -58,6 +60,8 @@ pub(crate) struct Node {
 pub(crate) struct Model {
     nodes: Vec<Node>,
     by_digest: HashMap<Digest, Ix>,
+    /// Updates that something was put on, and the epochs of what was.
+    succeeded: HashSet<(Digest, Epoch)>,
 }
 
 /// The bytes of a block.
@@ -89,7 +93,8 @@ impl Model {
             time_ns: 0,
             content: Some(Rc::new(vec![0; BLOCKS])),
         };
-        Self { nodes: vec![root], by_digest: HashMap::from([(Digest::default(), 0)]) }
+        let by_digest = HashMap::from([(Digest::default(), 0)]);
+        Self { nodes: vec![root], by_digest, succeeded: HashSet::new() }
     }
     pub(crate) fn node(&self, ix: Ix) -> &Node {
         &self.nodes[ix]
@@ -101,6 +106,10 @@ impl Model {
     pub(crate) fn find(&self, head: Head) -> Option<Ix> {
         self.by_digest.get(&head.digest).copied().filter(|ix| self.nodes[*ix].head == head)
     }
+    /// True when an update of this epoch was put on `parent`.
+    pub(crate) fn has_successor(&self, parent: Digest, epoch: Epoch) -> bool {
+        self.succeeded.contains(&(parent, epoch))
+    }
     /// An owner has made an update.
     pub(crate) fn add(
         &mut self,
@@ -109,13 +118,14 @@ impl Model {
         effect: Effect,
         time_ns: u64,
         forced: bool,
-    ) -> Result<Ix, String> {
+    ) -> Result<Ix, (Check, String)> {
         let Some(parent) = self.by_digest.get(&parent).copied() else {
-            return Err(format!("an owner has put {head:?} on an update that nobody made"));
+            let what = format!("an owner has put {head:?} on an update that nobody made");
+            return Err((Check::MadeOnKnown, what));
         };
         let p = &self.nodes[parent];
         if head.seq != p.head.seq.next() || head.epoch < p.head.epoch {
-            return Err(format!("{head:?} cannot follow {:?}", p.head));
+            return Err((Check::MadeInOrder, format!("{head:?} cannot follow {:?}", p.head)));
         }
         let (pj, pjj) = (p.jump, self.nodes[p.jump].jump);
         let depth = |i: Ix| self.nodes[i].head.seq.0;
@@ -128,9 +138,11 @@ impl Model {
         };
         let forced = p.forced + u32::from(forced);
         let ix = self.nodes.len();
-        if self.by_digest.insert(head.digest, ix).is_some() {
-            return Err(format!("{head:?} was made twice"));
+        if self.by_digest.contains_key(&head.digest) {
+            return Err((Check::MadeOnce, format!("{head:?} was made twice")));
         }
+        self.by_digest.insert(head.digest, ix);
+        self.succeeded.insert((self.nodes[parent].head.digest, head.epoch));
         self.nodes.push(Node { head, parent, jump, effect, forced, blocks, time_ns, content: None });
         if head.seq.0.is_multiple_of(SNAPSHOT_EVERY) {
             self.nodes[ix].content = Some(self.content(ix));
@@ -227,7 +239,7 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmfs_common::{Epoch, Seq};
+    use vmfs_common::Seq;
 
     fn head(seq: u64, branch: u8) -> Head {
         let mut d = [branch; 32];
@@ -255,6 +267,10 @@ mod tests {
         assert!(m.split_by_force(at(100, 1), at(50, 2)) && !m.split_by_force(at(100, 1), at(49, 2)));
         assert_eq!(m.content(at(77, 1))[0], 77);
         assert_eq!(m.content(at(77, 2))[0], 0);
+        // What is refused leaves nothing behind.
+        let before = (m.updates(), m.find(head(77, 1)));
         assert!(m.add(head(7, 9), head(3, 1).digest, Effect::None, 0, false).is_err());
+        assert!(m.add(head(77, 1), head(76, 1).digest, Effect::None, 0, false).is_err());
+        assert_eq!((m.updates(), m.find(head(77, 1))), before);
     }
 }

@@ -4,6 +4,7 @@ use vmfs_common::Millis;
 use vmfs_proto::Input;
 
 use super::At;
+use super::broken::Broken;
 use super::link::{Packet, Us};
 use super::world::{Event, World};
 
@@ -17,7 +18,12 @@ impl World {
         self.put_on_wire(from, to, packet)
     }
 
-    fn put_on_wire(&mut self, from: At, to: At, packet: Packet) -> Us {
+    fn put_on_wire(&mut self, from: At, to: At, mut packet: Packet) -> Us {
+        if let Packet::Control(bytes) = &mut packet
+            && self.breaks(Broken::MessageCutShort, 50)
+        {
+            *bytes = bytes[..bytes.len() - 1].into();
+        }
         let Some(session) = self.net.session(from, to) else { return 0 };
         let jitter = self.rng.below(200);
         let now = self.now;

@@ -8,10 +8,12 @@ use vmfs_common::msg::ImageMsg;
 use vmfs_common::op::Op;
 use vmfs_common::policy::MemberRole;
 use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Epoch, Head};
-use vmfs_proto::{FlushError, Machine, OpError, OpOutcome};
+use vmfs_proto::{FlushError, OpError, OpOutcome};
 use vmfs_store::{ForkInfo, Store};
 
 use super::At;
+use super::broken::Broken;
+use super::check::Check;
 use super::host::IMAGE;
 use super::link::Packet;
 use super::model::{BLOCKS, Effect, FIRST_BLOCK, Ix, size_bytes};
@@ -41,7 +43,11 @@ pub(crate) struct Oracle {
     /// Hosts that the operator knows not to be fit for promotion.
     pub(crate) unfit: std::collections::BTreeSet<At>,
     pub(crate) heard: Vec<(At, At, Packet)>,
+    /// Of them, proposals and votes, which are rare and kept for longer.
+    pub(crate) heard_votes: Vec<(At, At, Packet)>,
     pub(crate) proposals: BTreeMap<Digest, Epoch>,
+    /// Flushes whose failure was kept back, where that is what is broken.
+    pub(crate) kept_waiting: Vec<(At, u64)>,
 }
 
 impl World {
@@ -56,26 +62,35 @@ impl World {
         }
         let members = self.hosts[at].machine().map_or(0, |m| m.state().members.len());
         self.note_policy(&update.header.op, members);
+        self.make_a_second(update);
+        let bent = self.bent_update(update);
+        let update = bent.as_ref().unwrap_or(update);
+        let beside = self.model.has_successor(update.header.parent, update.header.epoch);
+        if beside && !self.hosts[at].liar && self.model.find(update.head()).is_none() {
+            let what = format!("host {at} makes {:?} beside another one", update.head());
+            self.fail(Check::MadeOneSuccessor, what);
+        }
         match self.model.add(update.head(), update.header.parent, effect, update.header.time_ns, forced) {
             Ok(ix) if matches!(update.header.op, Op::EpochStart(_) | Op::Members(_) | Op::Policy(_)) => {
                 self.hosts[at].known.rule_since = ix;
             }
             Ok(_) => {}
-            Err(e) => self.fail(format!("host {at}: {e}")),
+            Err((check, e)) => self.fail(check, format!("host {at}: {e}")),
         }
     }
 
     /// A copy has taken an update.
     pub(crate) fn taken(&mut self, at: At, update: &Update) {
         if self.model.find(update.head()).is_none() {
-            self.fail(format!("host {at} has taken an update that no owner made: {:?}", update.head()));
+            let what = format!("host {at} has taken an update that no owner made: {:?}", update.head());
+            self.fail(Check::TakenWasMade, what);
         }
     }
 
     pub(crate) fn head_ix(&mut self, at: At, head: Head) -> Option<Ix> {
         let ix = self.model.find(head);
         if ix.is_none() {
-            self.fail(format!("host {at} holds {head:?}, which no owner ever made"));
+            self.fail(Check::HeadWasMade, format!("host {at} holds {head:?}, which no owner ever made"));
         }
         ix
     }
@@ -111,16 +126,21 @@ impl World {
         let unnoticed = fork.is_none() && self.lying.beyond;
         if !self.model.contains(new, old) && retained && !unnoticed {
             match fork {
-                None => self.fail(format!("host {at} cut {from:?} down to {to:?} and kept no fork")),
+                None => {
+                    let what = format!("host {at} cut {from:?} down to {to:?} and kept no fork");
+                    self.fail(Check::TailIsKept, what);
+                }
                 Some(f) if f.head != from => {
-                    self.fail(format!("host {at} cut {from:?}, and the fork ends at {:?}", f.head));
+                    let what = format!("host {at} cut {from:?}, and the fork ends at {:?}", f.head);
+                    self.fail(Check::ForkEndsAtTail, what);
                 }
                 // What was committed in a separate lineage alone may be gone from its log.
                 Some(f)
                     if whole && self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) =>
                 {
                     let (f, common) = (f.clone(), self.model.node(self.model.common(old, new)).head.seq);
-                    self.fail(format!("the fork of host {at} does not begin at {common}: {f:?}"));
+                    let what = format!("the fork of host {at} does not begin at {common}: {f:?}");
+                    self.fail(Check::ForkBeginsInCopy, what);
                 }
                 Some(_) => self.counts.forks += 1,
             }
@@ -140,15 +160,18 @@ impl World {
         let missing =
             self.hosts[at].known.forks.iter().find(|n| !listed.iter().any(|f| f.name == **n)).cloned();
         if let Some(name) = missing {
-            return self.fail(format!("host {at} no longer lists the fork {name}"));
+            return self.fail(Check::ForkIsListed, format!("host {at} no longer lists the fork {name}"));
         }
         for fork in listed {
             let Some(head) = self.head_ix(at, fork.head) else { return };
             let mut next = fork.ancestor.seq.next();
             while next <= fork.head.seq {
-                let entries = match store.read_fork(&fork.name, next, 256 << 10) {
+                let entries = match self.read_fork(&store, &fork, next) {
                     Ok(entries) if !entries.is_empty() => entries,
-                    Ok(_) => return self.fail(format!("fork {} of host {at} ends before {next}", fork.name)),
+                    Ok(_) => {
+                        let what = format!("fork {} of host {at} ends before {next}", fork.name);
+                        return self.fail(Check::ForkIsWhole, what);
+                    }
                     Err(e) => {
                         return self.store_error(at, &e, "reading a fork");
                     }
@@ -156,7 +179,8 @@ impl World {
                 for e in entries {
                     let known = self.model.find(e.update.head());
                     if known.is_none_or(|ix| !self.model.contains(head, ix)) {
-                        return self.fail(format!("fork {} of host {at} holds a foreign update", fork.name));
+                        let what = format!("fork {} of host {at} holds a foreign update", fork.name);
+                        return self.fail(Check::ForkIsPure, what);
                     }
                     next = e.update.header.seq.next();
                 }
@@ -172,7 +196,8 @@ impl World {
         let Some(ix) = self.head_ix(at, head) else { return };
         let size = size_bytes(self.model.node(ix).blocks);
         if store.state().size_bytes != size {
-            self.fail(format!("host {at} at {head:?} has {} bytes, not {size}", store.state().size_bytes));
+            let what = format!("host {at} at {head:?} has {} bytes, not {size}", store.state().size_bytes);
+            self.fail(Check::SizeIsRight, what);
         }
         if store.kind() == MemberRole::Witness {
             return;
@@ -183,7 +208,7 @@ impl World {
         }
         self.counts.blocks_checked += count as u64;
         if let Err(e) = self.model.check(ix, first, &bytes) {
-            self.fail(format!("host {at}: {e}"));
+            self.fail(Check::BlocksAreRight, format!("host {at}: {e}"));
         }
     }
 
@@ -203,10 +228,16 @@ impl World {
             return;
         };
         let mut bytes = vec![0u8; BLOCKS * BLOCK_BYTES];
-        match view.read(BlockIndex(FIRST_BLOCK), &mut bytes) {
+        let read = match self.hosts[at].copy() {
+            Some(copy) if self.is_broken(Broken::ViewNotPinned) => {
+                copy.store.read(BlockIndex(FIRST_BLOCK), &mut bytes)
+            }
+            _ => view.read(BlockIndex(FIRST_BLOCK), &mut bytes),
+        };
+        match read {
             Ok(()) => {
                 if let Err(e) = self.model.check(ix, 0, &bytes) {
-                    self.fail(format!("a pinned state of host {at}: {e}"));
+                    self.fail(Check::PinnedIsRight, format!("a pinned state of host {at}: {e}"));
                 }
             }
             Err(e) => self.store_error(at, &e, "reading a pinned state"),
@@ -226,7 +257,8 @@ impl World {
             return self.kill(at);
         }
         if !damaged.is_empty() {
-            return self.fail(format!("host {at} finds its image damaged after a restart: {damaged:?}"));
+            let what = format!("host {at} finds its image damaged after a restart: {damaged:?}");
+            return self.fail(Check::ImageIsUndamaged, what);
         }
         let known = &self.hosts[at].known;
         let meta = store.get_meta(IMAGE).map(|m| m.to_vec());
@@ -235,12 +267,13 @@ impl World {
         if !good && bad_disk {
             self.hosts[at].known.vote = None;
         } else if !good {
-            return self.fail(format!("host {at} has lost its promises in a restart"));
+            let what = format!("host {at} has lost its promises in a restart");
+            return self.fail(Check::PromisesSurvive, what);
         }
         self.hosts[at].known.meta = meta;
         let Some(copy) = store.image(IMAGE) else {
             if durable != 0 && !bad_disk {
-                self.fail(format!("host {at} has lost its copy in a restart"));
+                self.fail(Check::CopySurvives, format!("host {at} has lost its copy in a restart"));
             }
             return;
         };
@@ -254,23 +287,31 @@ impl World {
         if !self.model.contains(ix, durable) && !bad_disk && !(cut && (forked || copy.log_start() > head.seq))
         {
             let had = self.model.node(durable).head;
-            return self.fail(format!("host {at} had {had:?} durable and restarts with {head:?}"));
+            let what = format!("host {at} had {had:?} durable and restarts with {head:?}");
+            return self.fail(Check::DurableSurvives, what);
         }
         if copy.durable_head() != head {
-            return self.fail(format!("host {at} restarts with a head that is not durable"));
+            let what = format!("host {at} restarts with a head that is not durable");
+            return self.fail(Check::RestartIsDurable, what);
         }
         self.hosts[at].known.durable = ix;
         let listed: Vec<String> = copy.forks().iter().map(|f| f.name.clone()).collect();
         let lost = self.hosts[at].known.forks.iter().find(|n| !listed.contains(n)).cloned();
         match lost {
             Some(_) if bad_disk => self.hosts[at].known.forks.retain(|n| listed.contains(n)),
-            Some(name) => self.fail(format!("host {at} has lost the fork {name} in a restart")),
+            Some(name) => {
+                let what = format!("host {at} has lost the fork {name} in a restart");
+                self.fail(Check::ForkSurvives, what);
+            }
             None => {}
         }
     }
 
     /// What a host says of itself: nothing before it is durable, no promise broken.
-    pub(crate) fn check_said(&mut self, at: At, _machine: &Machine, msg: &ImageMsg) {
+    pub(crate) fn check_said(&mut self, at: At, msg: &ImageMsg) {
+        if let ImageMsg::Propose { proposal, .. } = msg {
+            self.oracle.proposals.insert(proposal.digest(), proposal.ballot);
+        }
         if self.hosts[at].bad_disk {
             return;
         }
@@ -279,44 +320,47 @@ impl World {
             ImageMsg::Ack { head, .. } => {
                 if self.model.find(*head).is_none_or(|ix| !self.model.contains(known.durable, ix)) {
                     let durable = self.model.node(known.durable).head;
-                    self.fail(format!("host {at} acknowledges {head:?} with {durable:?} durable"));
+                    let what = format!("host {at} acknowledges {head:?} with {durable:?} durable");
+                    self.fail(Check::AckIsDurable, what);
                 } else if let Some((ballot, _, _)) = known.vote
                     && head.epoch < ballot
                 {
-                    self.fail(format!("host {at} acknowledges {head:?} after a vote for {ballot}"));
+                    let what = format!("host {at} acknowledges {head:?} after a vote for {ballot}");
+                    self.fail(Check::AckKeepsPromise, what);
                 }
             }
             ImageMsg::Voted { vote, .. } => {
                 let durable = self.model.node(known.durable).head;
                 let wrong = match known.vote {
                     // Less than there is may be said: blocks may have been copied since the promise.
-                    _ if vote.head.rank() > durable.rank() => Some(format!("with {durable:?} durable")),
+                    _ if vote.head.rank() > durable.rank() => {
+                        Some((Check::VoteIsDurable, format!("with {durable:?} durable")))
+                    }
                     Some((b, p, h)) if p == vote.proposal && h != vote.head => {
-                        Some(format!("and had voted {h:?} for {b}"))
+                        Some((Check::VoteIsFinal, format!("and had voted {h:?} for {b}")))
                     }
                     _ => None,
                 };
-                if let Some(wrong) = wrong {
-                    return self.fail(format!("host {at} votes {:?} {wrong}", vote.head));
+                if let Some((check, wrong)) = wrong {
+                    return self.fail(check, format!("host {at} votes {:?} {wrong}", vote.head));
                 }
                 // Whatever its form, the record that survives a power cut must hold this very vote.
                 let record = known.meta.as_deref().unwrap_or_default();
                 if !record.windows(vote.signature.0.len()).any(|w| w == vote.signature.0) {
-                    return self
-                        .fail(format!("host {at} votes {:?} before its promise is durable", vote.head));
+                    let what = format!("host {at} votes {:?} before its promise is durable", vote.head);
+                    return self.fail(Check::VoteIsOnDisk, what);
                 }
                 let Some(promised) = self.oracle.proposals.get(&vote.proposal).copied() else {
-                    return self.fail(format!("host {at} votes for a proposal that nobody made"));
+                    let what = format!("host {at} votes for a proposal that nobody made");
+                    return self.fail(Check::VoteIsAskedFor, what);
                 };
                 if let Some((before, proposal, _)) = self.hosts[at].known.vote
                     && (promised < before || (promised == before && proposal != vote.proposal))
                 {
-                    return self.fail(format!("host {at} votes for {promised} after {before}"));
+                    let what = format!("host {at} votes for {promised} after {before}");
+                    return self.fail(Check::VoteKeepsPromise, what);
                 }
                 self.hosts[at].known.vote = Some((promised, vote.proposal, vote.head));
-            }
-            ImageMsg::Propose { proposal, .. } => {
-                self.oracle.proposals.insert(proposal.digest(), proposal.ballot);
             }
             _ => {}
         }
@@ -324,11 +368,24 @@ impl World {
 
     /// Remembers a packet, for replays.
     pub(crate) fn remember(&mut self, from: At, to: At, packet: &Packet) {
-        if self.oracle.heard.len() == HEARD_MAX {
-            self.oracle.heard.remove(0);
+        keep(&mut self.oracle.heard, (from, to, packet.clone()));
+        if is_of_an_election(packet) {
+            keep(&mut self.oracle.heard_votes, (from, to, packet.clone()));
         }
-        self.oracle.heard.push((from, to, packet.clone()));
     }
+}
+
+fn keep(heard: &mut Vec<(At, At, Packet)>, what: (At, At, Packet)) {
+    if heard.len() == HEARD_MAX {
+        heard.remove(0);
+    }
+    heard.push(what);
+}
+
+fn is_of_an_election(packet: &Packet) -> bool {
+    let Packet::Control(bytes) = packet else { return false };
+    let message = vmfs_common::msg::decode::<ImageMsg>(bytes);
+    matches!(message, Ok(ImageMsg::Propose { .. } | ImageMsg::Voted { .. }))
 }
 
 /// Replays of what a host has said are harmless, except of acknowledgements and statements of what it

@@ -32,7 +32,7 @@ impl World {
         }
     }
 
-    fn flip(&mut self, at: At) {
+    pub(crate) fn flip(&mut self, at: At) {
         let files: Vec<(String, u64)> =
             self.hosts[at].disk.files().into_iter().filter(|(n, len)| *len > 0 && n != "lock").collect();
         if files.is_empty() {

@@ -22,16 +22,13 @@ fn cluster(seed: u64, roles: &[MemberRole], policy: ImagePolicy) -> World {
 }
 
 fn check(w: &mut World) {
-    if let Some(what) = w.violation.take() {
+    if let Some((_, what)) = w.violation.take() {
         panic!("{what}\n{}", w.take_trace(60).join("\n"));
     }
 }
 
 fn isolate(w: &mut World, at: At) {
-    for other in (0..w.hosts.len()).filter(|o| *o != at) {
-        w.set_open(at, other, false);
-        w.set_open(other, at, false);
-    }
+    w.isolate(at, true);
 }
 
 /// Writes far more than a log retains.

@@ -11,6 +11,7 @@ use vmfs_proto::{Gate, Input, Machine, Wait};
 use vmfs_store::Space;
 
 use super::At;
+use super::broken::Broken;
 use super::faults::Plan;
 use super::host::IMAGE;
 use super::model::{BLOCKS, Effect, FIRST_BLOCK, Fills, block_bytes, size_bytes};
@@ -24,6 +25,7 @@ pub(crate) fn run(w: &mut World, ticks: u64) {
             return;
         }
         act(w, &plan);
+        w.break_something();
     }
     if w.violation.is_none() {
         w.converge();
@@ -147,8 +149,10 @@ impl World {
                         payload.extend_from_slice(&block);
                     }
                 }
-                let size_after_bytes = Some(size_bytes(start + count));
-                let draft = Draft { digests, ..op(Op::Write { size_after_bytes }, start, count) };
+                let says = !self.is_broken(Broken::GrowthUnsaid);
+                let size_after_bytes = says.then(|| size_bytes(start + count));
+                let place = start + usize::from(self.is_broken(Broken::WriteMisplaced));
+                let draft = Draft { digests, ..op(Op::Write { size_after_bytes }, place, count) };
                 (Effect::Write { start, fills }, draft, payload)
             }
         }

@@ -6,10 +6,19 @@ use vmfs_common::{Epoch, HostId, Seq};
 use vmfs_proto::{FlushError, Gate, Loss, Machine, OpError, OpOutcome};
 
 use super::At;
+use super::check::Check;
 use super::link::Us;
 use super::model::{Ix, is_lax};
 use super::oracle::Oracle;
 use super::world::World;
+
+/// More than half of so many members.
+const fn majority(members: usize) -> usize {
+    members / 2 + 1
+}
+
+/// A check that fails, and what is wrong.
+type Wrong = (Check, String);
 
 /// An acknowledged flush.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +59,8 @@ impl World {
         let Some(own) = self.head_ix(at, store.head()) else { return };
         if !self.model.contains(own, target) {
             let head = self.model.node(target).head;
-            return self.fail(format!("host {at} acknowledges a flush of {head:?}, which it has lost"));
+            let what = format!("host {at} acknowledges a flush of {head:?}, which it has lost");
+            return self.fail(Check::FlushIsHeld, what);
         }
         let state = m.state();
         let lax = is_lax(state.policy.acks, state.policy.on_quorum_loss, state.members.len());
@@ -67,9 +77,9 @@ impl World {
         }
         if let Some(later) = wrong {
             let head = self.model.node(target).head;
-            return self.fail(format!(
-                "host {at} acknowledges a flush of {head:?}, and {later} has served without it"
-            ));
+            let what =
+                format!("host {at} acknowledges a flush of {head:?}, and {later} has served without it");
+            return self.fail(Check::FlushIsNotOutlived, what);
         }
         let model = &self.model;
         let weaker = |a: &Acked| (lax && !a.lax) || (acked.excused && !a.excused);
@@ -90,7 +100,7 @@ impl World {
             host.is_some_and(|x| self.model.contains(x.known.durable, target))
         };
         let sound = members.data_members().filter(|x| holds(x.host)).count();
-        sound > members.len() - members.quorum()
+        sound > members.len() - majority(members.len())
     }
 
     /// The copies that an acknowledged flush claims to have.
@@ -109,15 +119,16 @@ impl World {
         let data = state.members.data_members().filter(|x| holds(x.host)).count();
         let may_degrade = state.policy.on_quorum_loss == OnQuorumLoss::Degrade;
         let all = state.policy.acks == Acks::All && !may_degrade;
-        let need = if all { state.members.len() } else { state.members.quorum() };
-        let copies = if degraded || may_degrade { 1 } else { state.members.data_copies() };
+        let need = if all { state.members.len() } else { majority(state.members.len()) };
+        let copies = if degraded || may_degrade { 1 } else { state.members.len().saturating_sub(1) / 2 + 1 };
         let copies = copies.min(state.members.data_members().count());
         if headers < need || data < copies {
             let head = self.model.node(target).head;
-            self.fail(format!(
+            let what = format!(
                 "host {at} acknowledges a flush of {head:?} with {headers} of {need} headers and {data} of \
                  {copies} copies durable"
-            ));
+            );
+            self.fail(Check::FlushHasCopies, what);
         }
     }
 
@@ -146,20 +157,21 @@ impl World {
             Loss::EndsAt { seq, time_ns, later_updates } => self.bad_end(end, seq, time_ns, later_updates),
             Loss::UnknownAfter { seq, time_ns } => self.bad_contact(at, end, seq, time_ns),
         };
-        if let Some(wrong) = wrong {
-            return self.fail(format!("host {at} is promoted, says {loss:?}, and {wrong}"));
+        if let Some((check, wrong)) = wrong {
+            return self.fail(check, format!("host {at} is promoted, says {loss:?}, and {wrong}"));
         }
         self.counts.statements += 1;
         // Where one host's loss never costs a flush, a quorum's votes leave nothing unknown.
         let certain = !forced && !self.oracle.lax_ever && !self.oracle.wiped;
         if certain && loss != Loss::Nothing && self.hosts.iter().all(super::host::Host::is_sound) {
-            self.fail(format!("host {at} is promoted by a quorum and does not know what is lost: {loss:?}"));
+            let what = format!("host {at} is promoted by a quorum and does not know what is lost: {loss:?}");
+            self.fail(Check::QuorumKnows, what);
         }
     }
 
     /// "Nothing acknowledged is missing": an acknowledged flush that is. What an earlier promotion has lost,
     /// that one has said.
-    fn missing_flush(&self, own: Ix, end: Ix) -> Option<String> {
+    fn missing_flush(&self, own: Ix, end: Ix) -> Option<Wrong> {
         let ended = self.model.node(end).head.epoch;
         let missing = |a: &&Acked| {
             !a.excused
@@ -168,14 +180,14 @@ impl World {
                 && !self.forced_away(own, a.target)
         };
         let head = self.oracle.acked.iter().find(missing).map(|a| self.model.node(a.target).head)?;
-        Some(format!("lacks the acknowledged {head:?}"))
+        Some((Check::NothingIsMissing, format!("lacks the acknowledged {head:?}")))
     }
 
     /// "Ends at update `seq`; so many later ones had been acknowledged."
-    fn bad_end(&self, end: Ix, seq: Seq, time_ns: u64, later: Option<u64>) -> Option<String> {
+    fn bad_end(&self, end: Ix, seq: Seq, time_ns: u64, later: Option<u64>) -> Option<Wrong> {
         let last = self.model.node(end);
         if last.head.seq != seq || last.time_ns != time_ns {
-            return Some(format!("ends at {:?} of {}", last.head, last.time_ns));
+            return Some((Check::EndIsRight, format!("ends at {:?} of {}", last.head, last.time_ns)));
         }
         let later = later?;
         // The update named must exist, and have been durable somewhere; by a quorum, where one is needed. A copy
@@ -189,17 +201,19 @@ impl World {
         };
         let holders = self.oracle.ever_durable.values().filter(|all| all.iter().any(|ix| named(*ix))).count();
         let need = if self.oracle.lax_ever { 1 } else { 2 };
-        (later == 0 || holders < need).then(|| format!("{holders} hosts ever held {later} later updates"))
+        (later == 0 || holders < need)
+            .then(|| (Check::LaterDidExist, format!("{holders} hosts ever held {later} later updates")))
     }
 
     /// "Ends at update `seq`; unknown after the last contact with the old owner."
-    fn bad_contact(&self, at: At, end: Ix, seq: Seq, time_ns: u64) -> Option<String> {
+    fn bad_contact(&self, at: At, end: Ix, seq: Seq, time_ns: u64) -> Option<Wrong> {
         let last = self.model.node(end);
         if last.head.seq != seq {
-            return Some(format!("ends at {:?}", last.head));
+            return Some((Check::ContactEndIsRight, format!("ends at {:?}", last.head)));
         }
         let heard = self.hosts[at].known.heard_ns.get(&last.head.epoch.host).copied().unwrap_or(0);
-        (time_ns > heard.max(last.time_ns)).then(|| format!("heard the old owner at {heard} at the latest"))
+        (time_ns > heard.max(last.time_ns))
+            .then(|| (Check::ContactDidHappen, format!("heard the old owner at {heard} at the latest")))
     }
 
     /// True when `target` belongs to a separate lineage that `own` never was part of.
@@ -215,7 +229,8 @@ impl World {
         let (head, stored) = (machine.state().head(), copy.store.head());
         let failed = copy.store.latched().is_some();
         if head != stored && !failed && !machine.describe_role().starts_with("failed") {
-            return self.fail(format!("host {at}: the machine is at {head:?}, the store at {stored:?}"));
+            let what = format!("host {at}: the machine is at {head:?}, the store at {stored:?}");
+            return self.fail(Check::MachineIsAtStore, what);
         }
         if !machine.is_open_owner() {
             return;
@@ -238,7 +253,8 @@ impl World {
         };
         let lost = self.oracle.acked.iter().find(lost).map(|a| self.model.node(a.target).head);
         if let Some(lost) = lost {
-            self.fail(format!("host {at} serves {} without the acknowledged {lost:?}", head.epoch));
+            let what = format!("host {at} serves {} without the acknowledged {lost:?}", head.epoch);
+            self.fail(Check::OwnerHasFlushes, what);
         }
     }
 
@@ -263,7 +279,10 @@ impl World {
         if self.model.split_by_force(own, s.start) || !self.hosts.iter().all(super::host::Host::is_sound) {
             return;
         }
-        self.fail(format!("host {at} still serves {epoch}, long after {later} began to"));
+        self.fail(
+            Check::OwnerIsAlone,
+            format!("host {at} still serves {epoch}, long after {later} began to"),
+        );
     }
 
     /// A policy that an owner puts in force.

@@ -10,6 +10,8 @@ use vmfs_proto::{Input, Machine, Timing};
 use vmfs_store::Store;
 use vmfs_store::simdisk::SimDisk;
 
+use super::broken::Broken;
+use super::check::Check;
 use super::host::{self, Copy, DATASTORE, Host, IMAGE, Running, store_config};
 use super::liar::Lying;
 use super::link::{Net, Packet, Us};
@@ -76,7 +78,9 @@ pub(crate) struct World {
     pub(crate) idle_us: Us,
     /// Disk latency, in microseconds, at most.
     pub(crate) disk_us: Us,
-    pub(crate) violation: Option<String>,
+    pub(crate) violation: Option<(Check, String)>,
+    /// What is broken on purpose.
+    pub(crate) broken: Option<Broken>,
     pub(crate) lying: Lying,
     pub(crate) counts: Tally,
     pub(crate) next_token: u64,
@@ -100,6 +104,7 @@ impl World {
             oracle: Oracle::default(),
             timing,
             violation: None,
+            broken: None,
             lying: Lying::default(),
             counts: Tally::default(),
             next_token: 0,
@@ -135,9 +140,9 @@ impl World {
         all.drain(..all.len().saturating_sub(keep));
         all
     }
-    pub(crate) fn fail(&mut self, what: String) {
-        self.note(|| format!("VIOLATION {what}"));
-        self.violation.get_or_insert(what);
+    pub(crate) fn fail(&mut self, check: Check, what: String) {
+        self.note(|| format!("VIOLATION {check:?}: {what}"));
+        self.violation.get_or_insert((check, what));
     }
     pub(crate) fn mix(&mut self, x: u64) {
         let f = self.counts.fingerprint.rotate_left(5) ^ x;
@@ -300,7 +305,8 @@ impl World {
         if let Err(e) = done {
             self.note(|| format!("{at} background: {e}"));
             if !self.hosts[at].is_excused() && self.hosts[at].stop_call.is_none() {
-                self.fail(format!("background work of host {at} failed on a healthy disk: {e}"));
+                let what = format!("background work of host {at} failed on a healthy disk: {e}");
+                self.fail(Check::BackgroundWorks, what);
             }
         }
     }
@@ -329,6 +335,7 @@ impl World {
         self.note(|| format!("{at} boots"));
         self.hosts[at].running =
             Some(Running { store: store.clone(), contacts: Default::default(), copy: None });
+        let _ = self.show_unsynced(at, &store);
         self.check_reopened(at, &store);
         if self.hosts[at].running.is_none() {
             return;
@@ -360,7 +367,8 @@ impl World {
             return self.replace_disk(at);
         }
         if !excused {
-            return self.fail(format!("the store of host {at} does not open on a healthy disk: {e}"));
+            let what = format!("the store of host {at} does not open on a healthy disk: {e}");
+            return self.fail(Check::StoreOpens, what);
         }
         let life = self.life(at);
         let pause = self.rng.between(50_000, 500_000);
@@ -408,7 +416,7 @@ impl World {
         let mut out = Vec::new();
         match self.env(at, |env| make(env, &mut out)) {
             Ok(machine) => self.unlock(at, machine, out),
-            Err(e) => return self.fail(format!("host {at}: {e}")),
+            Err(e) => return self.fail(Check::PromisesAreReadable, format!("host {at}: {e}")),
         }
         for peer in 0..self.hosts.len() {
             if peer != at && self.net.session(at, peer).is_some() {

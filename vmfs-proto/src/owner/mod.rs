@@ -120,6 +120,10 @@ impl Owner {
     }
 
     fn frozen_after(&self, state: &ImageState) -> Millis {
+        #[cfg(any(test, feature = "testing"))]
+        if vmfs_common::weaken::is(vmfs_common::weaken::Weakness::OwnerNeverFreezes) {
+            return Millis(u64::MAX);
+        }
         let p = state.policy;
         let freezes = p.on_quorum_loss == OnQuorumLoss::Stall && p.acks != Acks::Local;
         if freezes { self.lease_until } else { Millis(u64::MAX) }
