@@ -16,7 +16,7 @@ use crate::log::ChainSegment;
 use crate::map::Segments;
 use crate::map::overlay::Overlay;
 use crate::map::tree::{Base, FreePages, Merge};
-use crate::segment::Segment;
+use crate::segment::{PAGE_U64, Segment};
 use crate::writer::LogPos;
 
 /// Background rounds without an append after which an image is checkpointed: about ten seconds.
@@ -220,11 +220,22 @@ impl ImageStore {
     pub(crate) fn free_pages(&self, ck: &Checkpoints) -> Result<FreePages, StoreError> {
         let mut free = FreePages::new();
         let mut seen = Vec::new();
+        let present = self.map.read().content.base.root.0;
         for base in ck.roots.iter().filter_map(Weak::upgrade) {
-            if !seen.contains(&base.root.0) {
-                base.for_each_page(&self.shared, &mut |p| free.mark(p))?;
-                seen.push(base.root.0);
+            if seen.contains(&base.root.0) {
+                continue;
             }
+            match base.for_each_page(&self.shared, &mut |p| free.mark(p)) {
+                // An older map does not tell its pages any more: until its checkpoint has been replaced, nothing
+                // is given out that the file has now.
+                Err(StoreError::BadMapPage { .. }) if base.root.0 != present => {
+                    let pages =
+                        self.shared.files.map(self.id)?.len_bytes().during(|| "measuring a map".into());
+                    free.mark_below(pages?.div_ceil(PAGE_U64));
+                }
+                walked => walked?,
+            }
+            seen.push(base.root.0);
         }
         for page in ck.slots.iter().flatten().flat_map(|s| &s.pages) {
             free.mark(*page);

@@ -171,8 +171,10 @@ impl Import {
             return Ok(());
         }
         let mut ck = self.image.checkpoints.lock();
-        let mut free = self.image.free_pages(&ck)?;
-        let base = Arc::new(self.image.merge(&mut free, &inner.content.base, &inner.content.overlay)?);
+        let image = &self.image;
+        let mut free = image.healing(|| image.free_pages(&ck))?;
+        let merge = || image.merge(&mut free, &inner.content.base, &inner.content.overlay);
+        let base = Arc::new(image.healing(merge)?);
         ck.register(&base);
         inner.content.base = base;
         inner.content.overlay = crate::map::overlay::Overlay::default();
@@ -195,7 +197,7 @@ impl Import {
     /// As [`crate::View::digests`].
     pub fn digests(&self, start: BlockIndex, count: usize) -> Result<Vec<Digest>, StoreError> {
         let content = self.inner.lock().content.clone();
-        digests(&self.image.shared, &content, start.0, count)
+        self.image.healing(|| digests(&self.image.shared, &content, start.0, count))
     }
     /// The Merkle tree of the content so far.
     ///
@@ -203,7 +205,7 @@ impl Import {
     /// As [`crate::View::merkle_tree`].
     pub fn merkle_tree(&self) -> Result<MerkleTree, StoreError> {
         let content = self.inner.lock().content.clone();
-        merkle_tree(&self.image.shared, &content)
+        self.image.healing(|| merkle_tree(&self.image.shared, &content))
     }
 
     /// Replaces the image's content, state and head by this one: the content after `base`, whose
@@ -262,7 +264,7 @@ impl ImageStore {
         let head = state.head();
         let chain = Arc::default();
         let moment = self.moment(state, None, Arc::clone(&chain), head.seq.next());
-        let mut free = self.free_pages(&ck)?;
+        let mut free = self.healing(|| self.free_pages(&ck))?;
         let base = Arc::clone(&content.base);
         // Both superblocks: the old lineage must not come back.
         let newest =

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use common::{IMAGE, Model, Rig, block, open, small};
 use vmfs_common::hash::block_digest;
-use vmfs_common::{BlockIndex, Seq};
+use vmfs_common::{BlockCount, BlockIndex, Seq};
 use vmfs_store::simdisk::SimDisk;
 use vmfs_store::{BadPayload, ImageStore, Store, StoreConfig, StoreError};
 
@@ -247,6 +247,42 @@ fn a_damaged_map_page_whose_log_is_gone_comes_from_the_second_copy() {
         });
     }
     assert!(from_copy > 0 && lost > 0, "{from_copy} {lost}");
+}
+
+/// Seed 20323 of the simulator: an inner page of the older checkpoint's map was damaged, without a second copy. Nobody
+/// could tell which pages that map still needed, so that no checkpoint was made any more, and no block-level sync
+/// could replace the copy.
+#[test]
+fn a_damaged_page_of_the_older_map_stops_neither_checkpoints_nor_a_block_level_sync() {
+    let mut rig = rig();
+    let later: Vec<_> = (0..3).map(|i| rig.maker.write(650 + i, &block(650 + i, 7), Seq::ZERO)).collect();
+    let mut state = (*rig.image.state()).clone();
+    let base = rig.maker.next_epoch(9, &state.tip);
+    state.apply(&base);
+    let mut met = 0;
+    every_page(&rig.disk, 7, |disk, name, offset| {
+        if !name.starts_with("map/") {
+            return;
+        }
+        let what = format!("{name} at {offset}");
+        let reopened = disk.kill();
+        let store = open(disk, small()).unwrap();
+        let image = store.image(IMAGE).unwrap();
+        let import = image.begin_import(true).unwrap_or_else(|e| panic!("{what}: {e}"));
+        import.zero(BlockIndex(3), BlockCount(1)).unwrap();
+        import.finish(&base, state.clone(), false).unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert_eq!(image.head(), base.head());
+
+        let store = open(&reopened, small()).unwrap();
+        let image = store.image(IMAGE).unwrap();
+        for (update, payload) in &later {
+            common::append(&image, update, payload).unwrap();
+            image.set_commit(image.sync().unwrap().seq);
+            image.checkpoint().unwrap_or_else(|e| panic!("{what}: {e}"));
+        }
+        met += 1;
+    });
+    assert!(met > 3, "{met} pages");
 }
 
 #[test]

@@ -221,14 +221,14 @@ impl World {
         }
         let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
         let from = store.head();
-        let retained = store.log_start() <= from.seq;
+        let log_start = store.log_start();
         self.cutting(at, vouched.base.head());
         let mut out = Vec::new();
         let discards = !machine.is_part_of(&vouched.state);
         let step = match import.finish(&vouched.base, vouched.state.clone(), discards) {
             Ok(fork) => {
                 self.note(|| format!("{at} has copied the state at {}", vouched.base.header.seq));
-                self.cut(at, from, vouched.base.head(), fork.as_ref(), retained);
+                self.cut(at, from, vouched.base.head(), fork.as_ref(), log_start);
                 self.hosts[at].known.copied = self.hosts[at].known.durable;
                 self.counts.imports += 1;
                 let state = Box::new(vouched.state);

@@ -330,7 +330,7 @@ impl World {
     ) -> bool {
         let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
         let from = store.head();
-        let retained = store.log_start() <= from.seq;
+        let log_start = store.log_start();
         // What the log was trimmed beyond has no epoch here, and cannot be gone back to.
         if to.seq < store.log_start().prev() {
             self.note(|| format!("{at} cannot roll back to {}", to.seq));
@@ -340,7 +340,7 @@ impl World {
         match self.cut_back(&store, to, keep_fork) {
             Ok(fork) => {
                 self.note(|| format!("{at} rolls back from {} to {} of {}", from.seq, to.seq, to.epoch));
-                self.cut(at, from, to, fork.as_ref(), retained);
+                self.cut(at, from, to, fork.as_ref(), log_start);
                 self.env(at, |env| machine.rolled_back(env, (*store.state()).clone(), out));
                 for token in self.kept_waiting(at) {
                     self.flush_done(at, machine, token, Ok(()));

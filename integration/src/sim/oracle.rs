@@ -7,7 +7,7 @@ use vmfs_common::header::Update;
 use vmfs_common::msg::ImageMsg;
 use vmfs_common::op::Op;
 use vmfs_common::policy::MemberRole;
-use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Epoch, Head};
+use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, Epoch, Head, Seq};
 use vmfs_proto::{FlushError, OpError, OpOutcome};
 use vmfs_store::{ForkInfo, Store};
 
@@ -111,9 +111,10 @@ impl World {
         self.hosts[at].known.cutting = self.head_ix(at, to);
     }
 
-    /// A copy went from one head to another that need not contain it. `retained`: its log held the tail
-    /// (content that was copied as blocks comes without updates, and cannot become a fork).
-    pub(crate) fn cut(&mut self, at: At, from: Head, to: Head, fork: Option<&ForkInfo>, retained: bool) {
+    /// A copy went from one head to another that need not contain it. What its log, which began with `log_start`, held
+    /// of the tail becomes a fork (content that was copied as blocks comes without updates, and cannot).
+    pub(crate) fn cut(&mut self, at: At, from: Head, to: Head, fork: Option<&ForkInfo>, log_start: Seq) {
+        let retained = log_start <= from.seq;
         let (Some(old), Some(new)) = (self.head_ix(at, from), self.head_ix(at, to)) else { return };
         self.hosts[at].known.durable = new;
         self.hosts[at].known.cutting = None;
@@ -134,9 +135,12 @@ impl World {
                     let what = format!("host {at} cut {from:?}, and the fork ends at {:?}", f.head);
                     self.fail(Check::ForkEndsAtTail, what);
                 }
-                // What was committed in a separate lineage alone may be gone from its log.
+                // What was committed in a separate lineage alone may be gone from its log, and so may be what a
+                // witness held of updates that no data member of a later election had.
                 Some(f)
-                    if whole && self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) =>
+                    if whole
+                        && f.ancestor.seq.next() != log_start
+                        && self.model.find(f.ancestor).is_none_or(|a| !self.model.contains(new, a)) =>
                 {
                     let (f, common) = (f.clone(), self.model.node(self.model.common(old, new)).head.seq);
                     let what = format!("the fork of host {at} does not begin at {common}: {f:?}");

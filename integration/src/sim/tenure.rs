@@ -24,6 +24,8 @@ type Wrong = (Check, String);
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Acked {
     target: Ix,
+    /// Where the owner was when it acknowledged it: what a separate lineage acknowledges, no other one owes.
+    by: Ix,
     epoch: Epoch,
     /// The policy in force allows it to be lost with one host.
     lax: bool,
@@ -66,11 +68,10 @@ impl World {
         let lax = is_lax(state.policy.acks, state.policy.on_quorum_loss, state.members.len());
         self.check_copies(at, m, target, lax);
         let epoch = m.state().head().epoch;
-        let acked = Acked { target, epoch, lax, excused: !self.is_owed(m, target) };
+        let acked = Acked { target, by: own, epoch, lax, excused: !self.is_owed(m, target) };
         let mut wrong = None;
         for (later, s) in self.oracle.served.range(epoch..).filter(|(e, _)| **e > epoch) {
-            let without =
-                !self.model.contains(s.start, target) && !self.model.split_by_force(s.start, target);
+            let without = !self.model.contains(s.start, target) && !self.model.split_by_force(s.start, own);
             if !lax && !acked.excused && without {
                 wrong = Some(*later);
             }
@@ -177,7 +178,7 @@ impl World {
             !a.excused
                 && a.epoch == ended
                 && !self.model.contains(own, a.target)
-                && !self.forced_away(own, a.target)
+                && !self.forced_away(own, a.by)
         };
         let head = self.oracle.acked.iter().find(missing).map(|a| self.model.node(a.target).head)?;
         Some((Check::NothingIsMissing, format!("lacks the acknowledged {head:?}")))
@@ -249,7 +250,7 @@ impl World {
                 && !a.excused
                 && a.epoch < head.epoch
                 && !self.model.contains(own, a.target)
-                && !self.model.split_by_force(own, a.target)
+                && !self.model.split_by_force(own, a.by)
         };
         let lost = self.oracle.acked.iter().find(lost).map(|a| self.model.node(a.target).head);
         if let Some(lost) = lost {

@@ -258,6 +258,10 @@ impl FreePages {
         }
         self.used[at] |= 1 << (page % 64);
     }
+    /// Takes the first `pages` pages of the file for used.
+    pub(crate) fn mark_below(&mut self, pages: u64) {
+        (0..u32::try_from(pages).unwrap_or(u32::MAX)).for_each(|page| self.mark(page));
+    }
     /// Takes the lowest free page.
     pub(crate) fn take(&mut self) -> u32 {
         let mut page = self.next;
