@@ -59,6 +59,7 @@ pub(crate) fn state(m: &Machine, votes: &[Vote]) -> Loss {
         let later_updates = (commit.0 == head.epoch).then(|| commit.1.0.saturating_sub(head.seq.0));
         return Loss::EndsAt { seq: head.seq, time_ns, later_updates };
     }
+    let voted = |h: HostId| h == m.id.host || votes.iter().any(|v| v.host == h);
     let took_part =
         |h: HostId| h == m.id.host || votes.iter().any(|v| v.host == h && v.head.rank() <= head.rank());
     // The owner's vote carries what it had acknowledged: nothing can be missing beyond it.
@@ -66,24 +67,33 @@ pub(crate) fn state(m: &Machine, votes: &[Vote]) -> Loss {
         return Loss::Nothing;
     }
     let rules = [Some(m.rule()), m.previous_rule().cloned()];
-    if rules.iter().flatten().any(|r| could_acknowledge(r, m.epoch().host, &took_part)) {
+    if rules.iter().flatten().any(|r| could_acknowledge(r, m.epoch().host, &voted, &took_part)) {
         return Loss::UnknownAfter { seq: head.seq, time_ns: m.owner_heard_ns };
     }
     Loss::Nothing
 }
 
-/// Could the owner have had a flush acknowledged without anybody who took part?
-fn could_acknowledge(rule: &Rule, owner: HostId, took_part: &dyn Fn(HostId) -> bool) -> bool {
+/// Could the owner have had a flush acknowledged without anybody who took part? `voted`: who knows of the election.
+fn could_acknowledge(
+    rule: &Rule,
+    owner: HostId,
+    voted: &dyn Fn(HostId) -> bool,
+    took_part: &dyn Fn(HostId) -> bool,
+) -> bool {
     let list: &MemberList = &rule.members;
+    if rule.policy.acks == Acks::Local {
+        return !took_part(owner);
+    }
+    // Half of the members can add one, remove one or change the policy, and go on without the others; a quorum would
+    // have to hear of it.
+    if list.all().iter().filter(|m| voted(m.host)).count() < list.quorum() {
+        return true;
+    }
     let absent = list.all().iter().filter(|m| !took_part(m.host));
     let (headers, data) =
         absent.fold((0, 0), |(h, d), m| (h + 1, d + usize::from(m.role == MemberRole::Replica)));
     let (need_headers, need_data) = quorum_of(rule, rule.policy.on_quorum_loss == OnQuorumLoss::Degrade);
-    match rule.policy.acks {
-        Acks::Local => !took_part(owner),
-        // Also where all acknowledge: a quorum may have removed the others, or changed the policy.
-        Acks::Majority | Acks::All => headers >= need_headers && data >= need_data,
-    }
+    headers >= need_headers && data >= need_data
 }
 
 /// Headers and data copies that a commit needs; `degraded`: as few as the policy ever allows.

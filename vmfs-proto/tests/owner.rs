@@ -388,7 +388,7 @@ fn a_replica_that_the_log_does_not_reach_gets_the_blocks() {
 }
 
 #[test]
-fn a_forced_promotion_knows_when_nothing_can_be_missing() {
+fn a_forced_promotion_knows_that_the_owner_may_have_found_another_member() {
     let mut c = cluster(&[Replica; 2], STALL);
     c.write_and_flush(0);
     c.crash(0);
@@ -398,7 +398,8 @@ fn a_forced_promotion_knows_when_nothing_can_be_missing() {
     let Ok(OpOutcome::Promoted { loss, forced: true, .. }) = promote(&mut c, 1, true) else {
         panic!("{}", c.describe())
     };
-    assert_eq!(loss, Loss::Nothing, "every flush needed this host");
+    // Every flush needed this host, unless the owner has added one meanwhile and removed this one.
+    assert!(matches!(loss, Loss::UnknownAfter { .. }), "{loss}");
     assert!(c.status(1).forced);
     c.write_and_flush(1);
 }

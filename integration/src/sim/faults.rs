@@ -97,7 +97,7 @@ impl World {
             }
             6 if plan.promotions && plan.network && self.rng.one_in(3) => self.take_turns(at),
             // Not where members and policy change: what a forced promotion says then is not always so.
-            7 if plan.forced && !plan.members && self.rng.one_in(2) => self.force_one_that_lags(at),
+            7 if plan.forced && self.rng.one_in(2) => self.force_one_that_lags(at),
             _ => {}
         }
     }
