@@ -274,6 +274,9 @@ impl ImageStore {
     pub fn sync(&self) -> Result<Head, StoreError> {
         let target = self.head();
         let mut s = self.syncing.lock();
+        if s.durable.rank() < target.rank() {
+            self.shared.way.flush();
+        }
         loop {
             self.check_latch()?;
             if s.durable.rank() >= target.rank() {

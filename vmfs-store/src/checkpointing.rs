@@ -9,6 +9,7 @@ use vmfs_common::state::ImageState;
 
 use crate::append::last_seq;
 use crate::checkpoint::{Body, SegmentRow, write_body, write_super};
+use crate::disk::DiskFile;
 use crate::error::{IoContext as _, StoreError};
 use crate::fork::Fork;
 use crate::image::ImageStore;
@@ -251,7 +252,17 @@ impl ImageStore {
         overlay: &Overlay,
     ) -> Result<Base, StoreError> {
         let file = self.shared.files.map(self.id)?;
-        Merge { shared: &self.shared, file: &*file, free, image: self.id }.run(base, overlay)
+        let sync = || self.sync_map(&*file);
+        let mut merge =
+            Merge { shared: &self.shared, file: &*file, free, image: self.id, sync: &sync, unsynced: 0 };
+        merge.run(base, overlay)
+    }
+
+    /// Makes what was written to the map file durable. Pages of an import may be lost with it, so that a failure
+    /// is not survived.
+    fn sync_map(&self, file: &dyn DiskFile) -> Result<(), StoreError> {
+        let synced = file.sync().during(|| format!("syncing the map of image {}", self.id));
+        self.or_latch(synced.inspect_err(|_| self.leave_mark()))
     }
 
     /// Writes and syncs a checkpoint: map pages and body first, then the superblock.
@@ -283,10 +294,6 @@ impl ImageStore {
             state: Arc::clone(&c.moment.state),
         };
         let file = self.shared.files.map(self.id)?;
-        let sync = || {
-            let synced = file.sync().during(|| format!("syncing the map of image {}", self.id));
-            synced.inspect_err(|_| self.leave_mark())
-        };
         let at = write_body(&self.shared, self.id, &*file, free, &body)?;
         if c.base.height > 1 {
             // A second copy that is lost is found by its checksum, and made again by the scrub.
@@ -296,13 +303,11 @@ impl ImageStore {
                 tracing::warn!(image = %self.id, error = %e, "second copies of map pages may be missing");
             }
         }
-        // Pages of an import may be lost with it, so even this failure is not survived.
-        self.or_latch(sync())?;
+        self.sync_map(&*file)?;
         for victim in victims {
             let number = ck.number() + 1;
-            let written =
-                write_super(self.shared.store, self.id, &*file, victim, number, &at).and_then(|()| sync());
-            self.or_latch(written)?;
+            self.or_latch(write_super(self.shared.store, self.id, &*file, victim, number, &at))?;
+            self.sync_map(&*file)?;
             ck.slots[victim] = Some(Slot {
                 number,
                 state: Arc::clone(&c.moment.state),

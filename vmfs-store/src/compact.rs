@@ -29,14 +29,20 @@ use crate::page::BODY;
 use crate::pool::Pool;
 use crate::records::{Next, Records};
 use crate::scrub::described;
-use crate::segment::{Class, Segment, file_name};
+use crate::segment::{Class, FIRST_PAGE, PAGE, PAGE_U64, Segment, file_name};
 use crate::shadow::{self, BlocksRecord, Origin};
+use crate::shared::Shared;
 use crate::view::{Wait, read_entries};
+use crate::way::PIECE_BYTES;
 use crate::writer::{RECORD_BLOCKS_MAX, RECORD_FIXED, SegmentWriter};
 
 /// Bytes that one block takes in a record: checksum, index, digest.
 const RECORD_BYTES_PER_BLOCK: usize = 4 + 8 + Digest::LEN;
-/// Looking at the blocks of one record counts as so many bytes even when none is alive.
+/// Blocks looked at, and moved as far as they are alive, at a time: a piece.
+const LOOK_BLOCKS: usize = 64;
+const _: () =
+    assert!(LOOK_BLOCKS <= RECORD_BLOCKS_MAX && LOOK_BLOCKS as u64 * BLOCK_BYTES_U64 <= PIECE_BYTES);
+/// Looking at them counts as so many bytes even when none is alive.
 const LOOK_BYTES: u64 = 32 << 10;
 /// Map entries changed while readers wait.
 const CHANGES_MAX: usize = 256;
@@ -102,9 +108,42 @@ impl Job {
             lineage,
         }
     }
+    /// Makes what was copied so far durable: what is left for the end is little.
+    fn sync(&self) -> Result<(), StoreError> {
+        self.writer.file.sync().during(|| format!("syncing {}", file_name(self.writer.seg.no)))
+    }
     /// The segment that was being filled.
     pub(crate) fn into_target(self) -> Arc<Segment> {
         self.writer.seg
+    }
+}
+
+/// Fetches a segment a piece at a time, ahead of who looks at it here and there: that takes the disk less
+/// time than as many small reads.
+#[derive(Default)]
+struct Ahead {
+    /// Fetched up to here.
+    page: u32,
+    scratch: Vec<u8>,
+}
+
+impl Ahead {
+    /// Makes sure that the piece with `page` in it is on its way.
+    fn reach(&mut self, shared: &Shared, seg: &Segment, page: u32) -> Result<(), StoreError> {
+        let piece_pages = u32::try_from(PIECE_BYTES / PAGE_U64).expect("invariant: a small constant");
+        while self.page <= page {
+            let pages = piece_pages.min(seg.class.pages() - self.page);
+            if pages == 0 {
+                return Ok(());
+            }
+            self.scratch.resize(pages as usize * PAGE, 0);
+            let file = seg.file(&shared.files)?;
+            let fetched = file.read_soon(&mut self.scratch, u64::from(self.page) * PAGE_U64);
+            fetched.during(|| format!("reading {}", file_name(seg.no)))?;
+            self.page += pages;
+            shared.way.rest();
+        }
+        Ok(())
     }
 }
 
@@ -252,7 +291,7 @@ impl ImageStore {
         for (i, (n, seg)) in idle.iter().enumerate() {
             bytes += seg.class.bytes();
             blocks += *n as usize;
-            records += seg.class.pages() as usize / RECORD_BLOCKS_MAX + 1;
+            records += seg.class.pages() as usize / LOOK_BLOCKS + 1;
             let pages = pages_to_move(blocks, records);
             let Some(class) = Class::fitting(pages).filter(|c| *c <= class_max) else { break };
             if 2 * class.bytes() <= bytes {
@@ -266,7 +305,7 @@ impl ImageStore {
     /// Copies blocks until the budget is used or nothing is left to copy. What is copied is synced. Returns
     /// how much of the budget was used.
     fn copy_some(&self, job: &mut Job, budget_bytes: u64) -> Result<u64, StoreError> {
-        let (mut spent, mut copied) = (0, 0);
+        let (mut spent, mut unsynced) = (0, 0);
         while spent < budget_bytes {
             if job.held.is_empty() {
                 let Some(seg) = job.ahead.pop_front() else { break };
@@ -274,15 +313,18 @@ impl ImageStore {
                 job.read.push(seg);
                 continue;
             }
-            let batch: Vec<Held> = job.held.drain(..job.held.len().min(RECORD_BLOCKS_MAX)).collect();
+            let batch: Vec<Held> = job.held.drain(..job.held.len().min(LOOK_BLOCKS)).collect();
             let n = self.copy_batch(job, batch)?;
-            copied += n;
+            unsynced += n;
             spent += n.max(LOOK_BYTES);
+            if unsynced >= PIECE_BYTES / 2 {
+                job.sync()?;
+                unsynced = 0;
+            }
+            self.shared.way.rest();
         }
-        if copied > 0 {
-            // A little at a time, so that the flushes of guests do not wait behind a lot.
-            let no = job.writer.seg.no;
-            job.writer.file.sync().during(|| format!("syncing {}", file_name(no)))?;
+        if unsynced > 0 {
+            job.sync()?;
         }
         Ok(spent)
     }
@@ -291,8 +333,11 @@ impl ImageStore {
     fn blocks_in(&self, seg: &Segment) -> VecDeque<Held> {
         let mut held = VecDeque::new();
         let mut read = || {
+            let mut ahead = Ahead::default();
+            ahead.reach(&self.shared, seg, FIRST_PAGE)?;
             let mut records = Records::from_start(&self.shared, seg)?;
             while let Next::Record(record) = records.next()? {
+                ahead.reach(&self.shared, seg, record.payload_page)?;
                 let (_, blocks) = described(&record)?;
                 for ((block, digest), (page, crc)) in
                     blocks.into_iter().zip((record.payload_page..).zip(&record.crcs))

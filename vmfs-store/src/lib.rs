@@ -37,6 +37,7 @@ pub mod simdisk;
 mod store;
 mod verify;
 mod view;
+mod way;
 mod writer;
 
 pub use compact::SpaceUse;

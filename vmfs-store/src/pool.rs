@@ -12,13 +12,16 @@ use crate::error::{IoContext as _, StoreError};
 use crate::image::Space;
 use crate::segment::{Class, FIRST_PAGE, Kind, PAGE_U64, SEGMENTS_MAX, Segment, SegmentHeader, file_name};
 use crate::shared::Shared;
+use crate::way::{FREED_BYTES, PIECE_BYTES};
 
 /// Unused segments of one class kept beyond the prewritten ones; more are deleted.
 const RAW_MAX: usize = 2;
+/// Of the larger classes, so many bytes are kept in any case: to make a segment anew costs more than to keep one.
+const KEPT_BYTES: u64 = 64 << 20;
 /// Smallest-class allocations go in steps of this many pages.
 const ALLOC_STEP_PAGES: u32 = 8;
-/// Written at a time when prewriting.
-const PREWRITE_BYTES: u64 = 1 << 20;
+/// What is left to prewrite of a segment that was filled before is little, and is written in busy times too.
+const LITTLE_BYTES: u64 = 2 << 20;
 const RESERVE_NAME: &str = "reserve";
 
 /// A segment taken from the pool and not yet begun.
@@ -68,13 +71,35 @@ struct Prewrite {
     at_bytes: u64,
 }
 
+impl Prewrite {
+    const fn left_bytes(&self) -> u64 {
+        self.class.bytes().saturating_sub(self.at_bytes)
+    }
+}
+
+/// An unused segment of which not every page was written.
+#[derive(Clone, Copy)]
+struct Raw {
+    no: u32,
+    /// Bytes from its start on that were.
+    written_bytes: u64,
+}
+
+impl Raw {
+    const fn unwritten(no: u32) -> Self {
+        Self { no, written_bytes: 0 }
+    }
+}
+
 #[derive(Default)]
 struct Inner {
     prepared: [Vec<u32>; Class::COUNT],
-    raw: [Vec<u32>; Class::COUNT],
+    raw: [Vec<Raw>; Class::COUNT],
     next_no: u32,
     wanted: [bool; Class::COUNT],
     prewrite: Option<Prewrite>,
+    /// To be deleted.
+    surplus: Vec<u32>,
 }
 
 /// Unused segments by class.
@@ -90,8 +115,10 @@ impl Pool {
         let mut inner = self.inner.lock();
         inner.next_no = next_no;
         for (no, class, prepared) in unused {
-            let list = if prepared { &mut inner.prepared } else { &mut inner.raw };
-            list[class.index()].push(no);
+            match prepared {
+                true => inner.prepared[class.index()].push(no),
+                false => inner.raw[class.index()].push(Raw::unwritten(no)),
+            }
         }
     }
 
@@ -134,7 +161,7 @@ impl Pool {
             match inner.prepared[class.index()].pop() {
                 Some(no) => (no, true),
                 None => match inner.raw[class.index()].pop() {
-                    Some(no) => (no, false),
+                    Some(raw) => (raw.no, false),
                     None => return Ok(None),
                 },
             }
@@ -154,8 +181,8 @@ impl Pool {
     ) -> Result<Spare, StoreError> {
         let class = Class::fitting(pages).ok_or(StoreError::Full)?;
         let raw = self.inner.lock().raw[class.index()].pop();
-        if let Some(no) = raw {
-            return self.open(shared, no, class, false);
+        if let Some(raw) = raw {
+            return self.open(shared, raw.no, class, false);
         }
         match self.create(shared, class, space) {
             Err(StoreError::Full) => {
@@ -178,7 +205,8 @@ impl Pool {
     }
 
     fn create(&self, shared: &Shared, class: Class, space: Space) -> Result<Spare, StoreError> {
-        if class != Class::SMALLEST {
+        if class != Class::SMALLEST && shared.check_space(class.bytes(), space).is_err() {
+            self.delete_surplus(shared, Hurry::Yes)?;
             shared.check_space(class.bytes(), space)?;
         }
         let no = {
@@ -233,7 +261,8 @@ impl Pool {
     /// Takes back a segment that nobody refers to any more.
     pub(crate) fn give_back(&self, shared: &Shared, seg: &Segment) -> Result<(), StoreError> {
         let prepared = seg.prepared.load(Ordering::Acquire) && seg.class != Class::SMALLEST;
-        self.give_back_no(shared, seg.no, seg.class, prepared)
+        let written_bytes = u64::from(seg.written_pages.load(Ordering::Acquire)) * PAGE_U64;
+        self.keep(shared, Raw { no: seg.no, written_bytes }, seg.class, prepared)
     }
 
     /// Takes back a segment that was taken and not used.
@@ -244,41 +273,52 @@ impl Pool {
         class: Class,
         prepared: bool,
     ) -> Result<(), StoreError> {
-        {
-            let mut inner = self.inner.lock();
-            let at = class.index();
-            let keep = shared.cfg.pool_segments + RAW_MAX;
-            if inner.prepared[at].len() + inner.raw[at].len() < keep {
-                let list = if prepared { &mut inner.prepared[at] } else { &mut inner.raw[at] };
-                list.push(no);
-                return Ok(());
+        self.keep(shared, Raw::unwritten(no), class, prepared)
+    }
+
+    /// Keeps a segment for whoever needs one, or has it deleted when there are enough.
+    fn keep(&self, shared: &Shared, raw: Raw, class: Class, prepared: bool) -> Result<(), StoreError> {
+        let at = class.index();
+        let mut inner = self.inner.lock();
+        if inner.prepared[at].len() + inner.raw[at].len() < kept(shared, class) {
+            match prepared {
+                true => inner.prepared[at].push(raw.no),
+                false => inner.raw[at].push(raw),
             }
+            return Ok(());
         }
-        shared.files.forget_segment(no);
-        shared.disk.remove(&file_name(no)).during(|| format!("removing {}", file_name(no)))
+        inner.surplus.push(raw.no);
+        drop(inner);
+        if shared.is_tight() { self.delete_surplus(shared, Hurry::Yes).map(drop) } else { Ok(()) }
+    }
+
+    /// Deletes the segments that are too many. True when there were any.
+    fn delete_surplus(&self, shared: &Shared, hurry: Hurry) -> Result<bool, StoreError> {
+        let mut any = false;
+        loop {
+            let Some(no) = self.inner.lock().surplus.pop() else { return Ok(any) };
+            let deleted = delete(shared, no, hurry);
+            if deleted.is_err() {
+                self.inner.lock().surplus.push(no);
+            }
+            deleted?;
+            any = true;
+        }
     }
 
     /// Prewrites segments of the classes in use, about `budget_bytes` of them. True when there is
     /// more to do.
     pub(crate) fn background(&self, shared: &Shared, budget_bytes: u64) -> Result<bool, StoreError> {
+        self.delete_surplus(shared, Hurry::No)?;
         let mut left = budget_bytes;
         loop {
-            let Some(mut job) = self.next_prewrite(shared)? else { return Ok(false) };
-            let end = job.class.bytes();
+            let Some(mut job) = self.next_prewrite(shared, left)? else { return Ok(false) };
             let file = shared.files.segment(job.no)?;
-            while job.at_bytes < end && left > 0 {
-                let n = PREWRITE_BYTES.min(end - job.at_bytes);
-                let zeros = vec![0u8; usize::try_from(n).unwrap_or(0)];
-                let name = || format!("prewriting {}", file_name(job.no));
-                let written = file.write_at(&zeros, job.at_bytes).during(name);
-                if let Err(e) = written {
-                    self.inner.lock().raw[job.class.index()].push(job.no);
-                    return if matches!(e, StoreError::Full) { Ok(false) } else { Err(e) };
-                }
-                job.at_bytes += n;
-                left = left.saturating_sub(n);
+            if let Err(e) = Self::prewrite(shared, &*file, &mut job, &mut left) {
+                self.inner.lock().raw[job.class.index()].push(Raw::unwritten(job.no));
+                return if matches!(e, StoreError::Full) { Ok(false) } else { Err(e) };
             }
-            if job.at_bytes < end {
+            if job.left_bytes() > 0 {
                 self.inner.lock().prewrite = Some(job);
                 return Ok(true);
             }
@@ -301,10 +341,35 @@ impl Pool {
         }
     }
 
-    fn next_prewrite(&self, shared: &Shared) -> Result<Option<Prewrite>, StoreError> {
+    /// Goes on with a job until it is done or the budget is used.
+    fn prewrite(
+        shared: &Shared,
+        file: &dyn DiskFile,
+        job: &mut Prewrite,
+        left: &mut u64,
+    ) -> Result<(), StoreError> {
+        let name = || format!("prewriting {}", file_name(job.no));
+        let little = job.left_bytes() <= LITTLE_BYTES;
+        let zeros = vec![0u8; usize::try_from(PIECE_BYTES).unwrap_or(0)];
+        while job.at_bytes < job.class.bytes() && (*left > 0 || little) {
+            let n = PIECE_BYTES.min(job.class.bytes() - job.at_bytes);
+            let piece = &zeros[..usize::try_from(n).unwrap_or(0)];
+            file.write_at(piece, job.at_bytes).during(name)?;
+            file.sync().during(name)?;
+            job.at_bytes += n;
+            *left = left.saturating_sub(n);
+            shared.way.rest();
+        }
+        Ok(())
+    }
+
+    /// What to prewrite next; without a budget only what takes little.
+    fn next_prewrite(&self, shared: &Shared, budget_bytes: u64) -> Result<Option<Prewrite>, StoreError> {
         let class = {
             let mut inner = self.inner.lock();
-            if let Some(job) = inner.prewrite.take() {
+            if budget_bytes > 0
+                && let Some(job) = inner.prewrite.take()
+            {
                 return Ok(Some(job));
             }
             let wants = |c: &Class| {
@@ -313,10 +378,16 @@ impl Pool {
                     && inner.prepared[c.index()].len() < shared.cfg.pool_segments
             };
             let Some(class) = Class::ALL.into_iter().find(wants) else { return Ok(None) };
-            if let Some(no) = inner.raw[class.index()].pop() {
-                return Ok(Some(Prewrite { no, class, at_bytes: 0 }));
+            let raw = &mut inner.raw[class.index()];
+            let most = (0..raw.len()).max_by_key(|i| raw[*i].written_bytes);
+            let job = |raw: Raw| Prewrite { no: raw.no, class, at_bytes: raw.written_bytes };
+            match most {
+                Some(i) if budget_bytes > 0 || job(raw[i]).left_bytes() <= LITTLE_BYTES => {
+                    return Ok(Some(job(raw.swap_remove(i))));
+                }
+                _ if budget_bytes == 0 => return Ok(None),
+                _ => class,
             }
-            class
         };
         // Room for twice as much must be left, else prewriting would fill the disk.
         if shared.check_space(3 * class.bytes(), Space::Data).is_err() {
@@ -328,6 +399,41 @@ impl Pool {
             Err(e) => Err(e),
         }
     }
+}
+
+/// Whether somebody waits for the space.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hurry {
+    Yes,
+    No,
+}
+
+/// How many unused segments of a class are kept.
+fn kept(shared: &Shared, class: Class) -> usize {
+    let least = if class.bytes() > FREED_BYTES { KEPT_BYTES / class.bytes() } else { 0 };
+    (shared.cfg.pool_segments + RAW_MAX).max(usize::try_from(least).unwrap_or(0))
+}
+
+/// Deletes a segment's file. Without hurry it is made shorter step by step before: a file system may tell the
+/// disk which of its blocks are free, and a flush waits for all that it is told.
+fn delete(shared: &Shared, no: u32, hurry: Hurry) -> Result<(), StoreError> {
+    let name = file_name(no);
+    let what = || format!("removing {name}");
+    if hurry == Hurry::No {
+        let file = shared.files.segment(no)?;
+        let mut len = file.len_bytes().during(what)?;
+        while len > FREED_BYTES {
+            len -= FREED_BYTES;
+            file.set_len(len).during(what)?;
+            shared.way.rest();
+        }
+    }
+    shared.files.forget_segment(no);
+    shared.disk.remove(&name).during(what)?;
+    if hurry == Hurry::No {
+        shared.way.rest();
+    }
+    Ok(())
 }
 
 /// Space held by a file, given up step by step when something that must not fail needs it.

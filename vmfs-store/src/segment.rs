@@ -2,7 +2,7 @@
 //! header; what follows is described in [`crate::page`] and [`crate::writer`].
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use parking_lot::Mutex;
 use vmfs_common::codec::{CodecError, Reader, Writer};
@@ -74,6 +74,8 @@ pub(crate) struct Segment {
     pub(crate) generation: u64,
     /// Every page of the file has been written once: its syncs need no file system journal.
     pub(crate) prepared: AtomicBool,
+    /// Pages from its start on that surely have been written once, when it is no longer written to.
+    pub(crate) written_pages: AtomicU32,
     /// The second copies of its last header pages may never have been written.
     pub(crate) unpaired: AtomicBool,
     /// Header pages not yet on disk, and the index, while the segment is written to.
@@ -87,6 +89,7 @@ impl Segment {
             class,
             generation,
             prepared: AtomicBool::new(prepared),
+            written_pages: AtomicU32::new(0),
             unpaired: AtomicBool::new(false),
             live: Mutex::new(None),
         }

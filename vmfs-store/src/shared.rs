@@ -16,6 +16,7 @@ use crate::map::cache::PageCache;
 use crate::pool::{Pool, Reserve};
 use crate::rot::Ledger;
 use crate::segment::Segment;
+use crate::way::Way;
 use crate::writer::IndexEntry;
 
 /// Indexes of closed segments kept in memory.
@@ -85,6 +86,7 @@ pub(crate) struct Shared {
     pub(crate) rot: Ledger,
     /// Bytes of map changes not yet in a checkpoint, over all images.
     pub(crate) dirty_map_bytes: AtomicU64,
+    pub(crate) way: Way,
 }
 
 impl Shared {

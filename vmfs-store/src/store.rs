@@ -29,6 +29,7 @@ use crate::recover::{Candidate, Loaded, recover};
 use crate::rot::{Ledger, Rot};
 use crate::segment::{Class, Kind, Segment, SegmentHeader, file_name};
 use crate::shared::{Generations, Indexes, Shared};
+use crate::way::Way;
 
 /// Ends the name of a map file whose image does not exist yet.
 const NEW_SUFFIX: &str = ".new";
@@ -107,6 +108,7 @@ impl Store {
             generations: Generations::starting(first_generation),
             rot,
             dirty_map_bytes: AtomicU64::new(0),
+            way: Way::default(),
             cfg,
         });
         shared.reserve.load(&shared)?;
@@ -275,11 +277,13 @@ impl Store {
     }
     /// Does background work worth about `budget_bytes` of I/O: checkpoints that are due, recycling,
     /// prewriting segments. To be called from one thread, about ten times a second while writes go
-    /// on. True when there is more to do.
+    /// on. True when there is more to do. While guests flush it does little at a time and rests in between, so
+    /// that they need not wait for much of it.
     ///
     /// # Errors
     /// The disk's. What was not done stays due.
     pub fn background(&self, budget_bytes: u64) -> Result<bool, StoreError> {
+        self.shared.way.begin();
         let images: Vec<_> = self.images.read().values().map(Arc::clone).collect();
         let mut first_error = None;
         for image in images {
@@ -303,6 +307,7 @@ impl Store {
     /// The disk's. No image is changed by what failed.
     pub fn compact(&self, budget_bytes: u64) -> Result<u64, StoreError> {
         let mut images: Vec<_> = self.images.read().values().map(Arc::clone).collect();
+        self.shared.way.begin();
         let turn = self.turns.fetch_add(1, Ordering::AcqRel) % images.len().max(1);
         images.rotate_left(turn);
         let (mut used, mut first_error) = (0, None);
@@ -423,7 +428,11 @@ impl Opening {
                     self.candidates.entry(header.image).or_default().push(Candidate { no, header });
                 }
                 Some(h) if self.damaged.iter().any(|(d, _)| *d == h.image) => {}
-                Some(h) => unused.push((no, h.class, h.kind == Kind::Pool)),
+                // One that was being removed is shorter.
+                Some(h) => {
+                    let len = file.len_bytes().during(|| format!("opening {name}"))?;
+                    unused.push((no, h.class, h.kind == Kind::Pool && len == h.class.bytes()));
+                }
                 None => {
                     let len = file.len_bytes().during(|| format!("opening {name}"))?;
                     let exact = Class::ALL.into_iter().find(|c| c.bytes() == len);

@@ -315,6 +315,7 @@ impl SegmentWriter {
 
     /// Hands the index over and ends the writing.
     pub(crate) fn retire(self, shared: &Shared) {
+        self.seg.written_pages.store(self.next_page, Ordering::Release);
         if let Some(live) = self.seg.live.lock().take() {
             shared.indexes.insert(&self.seg, Arc::new(live.index));
         }

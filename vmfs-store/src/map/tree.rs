@@ -13,6 +13,7 @@ use crate::disk::DiskFile;
 use crate::error::{IoContext as _, StoreError};
 use crate::segment::{PAGE, PAGE_U64};
 use crate::shared::Shared;
+use crate::way::PIECE_BYTES;
 
 /// Entries of a map page.
 pub(crate) const ENTRIES: usize = 512;
@@ -283,6 +284,10 @@ pub(crate) struct Merge<'a> {
     pub(crate) file: &'a dyn DiskFile,
     pub(crate) free: &'a mut FreePages,
     pub(crate) image: ImageId,
+    /// Syncs the file.
+    pub(crate) sync: &'a dyn Fn() -> Result<(), StoreError>,
+    /// Bytes written since it was last synced.
+    pub(crate) unsynced: u64,
 }
 
 #[derive(Default)]
@@ -301,7 +306,7 @@ impl Delta {
 }
 
 impl Merge<'_> {
-    /// The merged map. Its pages are written, not synced.
+    /// The merged map. Its pages are written, and not all of them synced.
     ///
     /// # Errors
     /// The disk's. Pages written so far are garbage.
@@ -358,6 +363,12 @@ impl Merge<'_> {
             })?;
         }
         self.shared.pages.put(image, page, Arc::new(*words));
+        self.unsynced += PAGE_U64;
+        if self.unsynced >= PIECE_BYTES {
+            (self.sync)()?;
+            self.unsynced = 0;
+            self.shared.way.rest();
+        }
         Ok(PageRef::to(page, crc32c::crc32c(&bytes)))
     }
     fn node(

@@ -1,0 +1,86 @@
+//! Background work makes way for flushes.
+//!
+//! A disk serves a flush after what it was given before, so a flush that comes while background work has
+//! megabytes on their way waits for all of them: that was what made the slowest hundredth of flushes slow. So
+//! background work gives the disk one piece at a time, waits until it is done, and then rests, as long as
+//! somebody flushes. Only its own thread rests, and nothing of a guest's waits for the locks it holds then.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+/// Bytes that background work reads or writes between two rests, about.
+pub(crate) const PIECE_BYTES: u64 = 256 << 10;
+/// Bytes of a file given back between two rests: they may be discarded on the disk, which takes its time too.
+pub(crate) const FREED_BYTES: u64 = 1 << 20;
+/// How long a rest is, at least. It is as long as the piece took on a disk where that is longer.
+const REST_MIN: Duration = Duration::from_millis(1);
+/// How long it is at most.
+const REST_MAX: Duration = Duration::from_millis(20);
+
+/// Who has to wait for whom.
+pub(crate) struct Way {
+    /// Flushes so far.
+    flushes: AtomicU64,
+    pause: Mutex<Pause>,
+}
+
+struct Pause {
+    /// Flushes when the last rest began.
+    seen: u64,
+    /// When the last rest ended.
+    ended: Instant,
+}
+
+impl Default for Way {
+    fn default() -> Self {
+        Self { flushes: AtomicU64::new(0), pause: Mutex::new(Pause { seen: 0, ended: Instant::now() }) }
+    }
+}
+
+impl Way {
+    /// Somebody waits for a log to become durable.
+    pub(crate) fn flush(&self) {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+    }
+    /// Background work begins; flushes until now did not wait for it.
+    pub(crate) fn begin(&self) {
+        let mut pause = self.pause.lock();
+        pause.seen = self.flushes.load(Ordering::Relaxed);
+        pause.ended = Instant::now();
+    }
+    /// A piece of background work is done. Rests when there were flushes since the last rest began.
+    pub(crate) fn rest(&self) {
+        let flushes = self.flushes.load(Ordering::Relaxed);
+        let mut pause = self.pause.lock();
+        let flushed = std::mem::replace(&mut pause.seen, flushes) != flushes;
+        let took = pause.ended.elapsed();
+        drop(pause);
+        if flushed {
+            std::thread::sleep(took.clamp(REST_MIN, REST_MAX));
+        }
+        self.pause.lock().ended = Instant::now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn background_work_rests_only_while_somebody_flushes() {
+        let way = Way::default();
+        way.flush();
+        way.begin();
+        let began = Instant::now();
+        (0..1000).for_each(|_| way.rest());
+        assert!(began.elapsed() < 1000 * REST_MIN, "nobody has flushed meanwhile");
+        let began = Instant::now();
+        for _ in 0..3 {
+            way.flush();
+            way.rest();
+        }
+        assert!(began.elapsed() >= 3 * REST_MIN);
+    }
+}
