@@ -116,7 +116,8 @@ pub enum StoreError {
     /// The head asked for is not part of this copy's history.
     #[error("update {} is not in this copy's history", .0.seq)]
     NotInHistory(Head),
-    /// No kept checkpoint lies at or below the target, so its content cannot be rebuilt.
+    /// No kept checkpoint lies at or below the target, or the log from it on is damaged, so its content cannot be
+    /// rebuilt.
     #[error("the content after update {to} can no longer be rebuilt")]
     CannotRollBack {
         /// The target.

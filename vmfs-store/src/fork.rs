@@ -86,8 +86,8 @@ impl ImageStore {
     /// when asked for; `None` when there was no tail.
     ///
     /// # Errors
-    /// [`StoreError::NotInHistory`], [`StoreError::CannotRollBack`] (a block-level sync is needed),
-    /// or the disk's.
+    /// [`StoreError::NotInHistory`], [`StoreError::CannotRollBack`] (the log does not reach back, or is damaged: a
+    /// block-level sync is needed), or the disk's.
     pub fn roll_back(&self, to: Head, keep_fork: bool) -> Result<Option<ForkInfo>, StoreError> {
         self.check_latch()?;
         let mut ck = self.checkpoints.lock();
@@ -98,7 +98,14 @@ impl ImageStore {
         if to.seq > self.head().seq {
             return Err(StoreError::NotInHistory(to));
         }
-        match self.head_at(to.seq)? {
+        let unreadable = |e: StoreError| match e {
+            StoreError::Corrupt { .. } | StoreError::BadPayload { .. } | StoreError::BadMapPage { .. } => {
+                tracing::error!(image = %self.id, error = %e, "cannot be rolled back to update {}", to.seq);
+                StoreError::CannotRollBack { to: to.seq }
+            }
+            e => e,
+        };
+        match self.head_at(to.seq).map_err(unreadable)? {
             Some(head) if head == to => {}
             Some(_) => return Err(StoreError::NotInHistory(to)),
             // Before the log: whether it was ever here is no longer known.
@@ -106,7 +113,7 @@ impl ImageStore {
         }
         // What stays must be durable before the cut is, and a fork's tail is kept whole.
         let (excluded, mut tail) = self.synced_and_alone()?;
-        let (state, base, overlay) = self.rebuild(&ck, &tail, to)?;
+        let (state, base, overlay) = self.rebuild(&ck, &tail, to).map_err(unreadable)?;
         let fork = if keep_fork { Some(self.make_fork(&tail, to)?) } else { None };
         // Space for the segment that cuts the log is taken before anything changes.
         let spare = self.shared.pool.take(&self.shared, 1, Class::SMALLEST, Space::Control)?;

@@ -374,3 +374,24 @@ fn a_log_that_was_replaced_does_not_return_when_a_superblock_is_lost() {
     assert_eq!(heads_with_a_superblock_lost(&rig.disk), [to, to]);
     assert_eq!(heads_with_a_superblock_lost(&rig.disk.power_cut(1)), [to, to]);
 }
+
+/// It says that the content is to be copied anew, which then goes on from there. Found by the simulator (seed 52763).
+#[test]
+fn a_copy_whose_log_is_damaged_cannot_be_rolled_back_and_is_replaced() {
+    let mut rig = Rig::new();
+    for i in 0..20 {
+        rig.write(i, &[i + 10]);
+    }
+    rig.image.sync().unwrap();
+    let to = rig.model.history[10].0;
+    // Both copies of every page of headers, and the payload too.
+    let flipped = (1..200).filter(|page| rig.disk.flip_bit("seg/0000000000", page * 4096 + 700, 1)).count();
+    assert!(flipped > 20, "{flipped}");
+    assert!(matches!(rig.image.roll_back(to, true), Err(StoreError::CannotRollBack { .. })));
+    let import = rig.image.begin_import(false).unwrap();
+    let mut state = (*rig.image.state()).clone();
+    let base = rig.maker.next_epoch(9, &state.tip);
+    state.apply(&base);
+    import.finish(&base, state, false).unwrap();
+    assert_eq!(rig.image.head(), base.head());
+}
