@@ -261,8 +261,12 @@ impl Image {
             if from < log_start {
                 continue;
             }
-            let fed = copies.is_some() || (m.connected && m.health != Health::Fenced);
-            let bytes = if fed { content } else { away_max };
+            let bytes = match (copies, m.connected, m.health) {
+                (Some(_), ..) | (None, true, Health::CatchingUp) => content,
+                (None, false, _) => away_max,
+                // It has what is committed, or cannot be fed: the log that is kept in any case is enough.
+                (None, true, _) => continue,
+            };
             let (first, most) = wanted.unwrap_or((from, bytes));
             wanted = Some((first.min(from), most.max(bytes)));
         }
