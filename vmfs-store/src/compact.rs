@@ -118,8 +118,8 @@ impl Job {
     }
 }
 
-/// Fetches a segment a piece at a time, ahead of who looks at it here and there: that takes the disk less
-/// time than as many small reads.
+/// Fetches a segment a piece at a time, ahead of who looks at it here and there: that keeps the disk from others for
+/// less time than as many small reads. It reads more, so only while somebody flushes.
 #[derive(Default)]
 struct Ahead {
     /// Fetched up to here.
@@ -131,7 +131,7 @@ impl Ahead {
     /// Makes sure that the piece with `page` in it is on its way.
     fn reach(&mut self, shared: &Shared, seg: &Segment, page: u32) -> Result<(), StoreError> {
         let piece_pages = u32::try_from(PIECE_BYTES / PAGE_U64).expect("invariant: a small constant");
-        while self.page <= page {
+        while self.page <= page && shared.way.is_busy() {
             let pages = piece_pages.min(seg.class.pages() - self.page);
             if pages == 0 {
                 return Ok(());
@@ -317,7 +317,7 @@ impl ImageStore {
             let n = self.copy_batch(job, batch)?;
             unsynced += n;
             spent += n.max(LOOK_BYTES);
-            if unsynced >= PIECE_BYTES / 2 {
+            if unsynced >= PIECE_BYTES / 2 && self.shared.way.is_busy() {
                 job.sync()?;
                 unsynced = 0;
             }

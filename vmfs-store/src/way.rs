@@ -31,11 +31,16 @@ struct Pause {
     seen: u64,
     /// When the last rest ended.
     ended: Instant,
+    /// There were flushes in this round of work, or since the one before.
+    busy: bool,
 }
 
 impl Default for Way {
     fn default() -> Self {
-        Self { flushes: AtomicU64::new(0), pause: Mutex::new(Pause { seen: 0, ended: Instant::now() }) }
+        Self {
+            flushes: AtomicU64::new(0),
+            pause: Mutex::new(Pause { seen: 0, ended: Instant::now(), busy: false }),
+        }
     }
 }
 
@@ -46,15 +51,23 @@ impl Way {
     }
     /// Background work begins; flushes until now did not wait for it.
     pub(crate) fn begin(&self) {
+        let flushes = self.flushes.load(Ordering::Relaxed);
         let mut pause = self.pause.lock();
-        pause.seen = self.flushes.load(Ordering::Relaxed);
+        pause.busy = std::mem::replace(&mut pause.seen, flushes) != flushes;
         pause.ended = Instant::now();
+    }
+    /// True while somebody flushes: then work is to be done by pieces. Otherwise that would only be slower, also
+    /// for those who read.
+    pub(crate) fn is_busy(&self) -> bool {
+        let pause = self.pause.lock();
+        pause.busy || pause.seen != self.flushes.load(Ordering::Relaxed)
     }
     /// A piece of background work is done. Rests when there were flushes since the last rest began.
     pub(crate) fn rest(&self) {
         let flushes = self.flushes.load(Ordering::Relaxed);
         let mut pause = self.pause.lock();
         let flushed = std::mem::replace(&mut pause.seen, flushes) != flushes;
+        pause.busy |= flushed;
         let took = pause.ended.elapsed();
         drop(pause);
         if flushed {

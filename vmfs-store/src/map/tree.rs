@@ -364,7 +364,7 @@ impl Merge<'_> {
         }
         self.shared.pages.put(image, page, Arc::new(*words));
         self.unsynced += PAGE_U64;
-        if self.unsynced >= PIECE_BYTES {
+        if self.unsynced >= PIECE_BYTES && self.shared.way.is_busy() {
             (self.sync)()?;
             self.unsynced = 0;
             self.shared.way.rest();
