@@ -386,7 +386,7 @@ pub enum Output {
         headers_only: bool,
     },
     /// Copy the content block by block from a host into a shadow; before it replaces the content, ask
-    /// [`crate::Machine::begin_import`]; answer [`Input::Imported`] or [`Input::ImportFailed`].
+    /// [`crate::Machine::may_import`]; answer [`Input::Imported`] or [`Input::ImportFailed`].
     StartBlockSync {
         /// The owner.
         from: HostId,
