@@ -78,6 +78,7 @@ impl Link {
             admitted,
             absent,
             streaming,
+            stranger,
             fenced,
             sent,
             acked,
@@ -89,7 +90,7 @@ impl Link {
             unreadable,
         } = self;
         let place = (sent, acked, sync_asked, unreadable);
-        (store, role, admitted, absent, streaming, fenced, place).hash(h);
+        (store, role, admitted, absent, streaming, stranger, fenced, place).hash(h);
         (waiting_since.is_some(), clock.class_of(*offer_at)).hash(h);
     }
 }

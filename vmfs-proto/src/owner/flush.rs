@@ -295,6 +295,8 @@ impl Machine {
         let from = o.lease_from;
         let contact = |h: HostId| match h {
             h if h == me => env.now,
+            // Wiped or restored: it knows nothing of what the admitted store has promised.
+            h if o.links.get(&h).is_some_and(|l| l.stranger) => Millis::default(),
             h => (env.contact)(h).confirmed.unwrap_or_default().max(from),
         };
         let mut times: Vec<Millis> = self.state.members.all().iter().map(|m| contact(m.host)).collect();

@@ -23,6 +23,8 @@ pub(crate) struct Link {
     pub(crate) absent: bool,
     /// A stream to it is open, from a point its head was said to be at.
     pub(crate) streaming: bool,
+    /// The store that it last stated is not the one that was admitted.
+    pub(crate) stranger: bool,
     /// Its copy cannot be brought to this chain (another store, another lineage).
     pub(crate) fenced: bool,
     /// The last update handed to its connection.
@@ -48,6 +50,7 @@ impl Link {
             admitted,
             absent: false,
             streaming: false,
+            stranger: false,
             fenced: false,
             sent: Seq::ZERO,
             acked: Seq::ZERO,
@@ -105,8 +108,9 @@ impl Machine {
         }
         link.offer_at = None;
         link.streaming = false;
-        link.fenced = join.store != link.store || join.witness != headers_only;
-        if link.fenced {
+        link.stranger = join.store != link.store || join.witness != headers_only;
+        link.fenced = link.stranger;
+        if link.stranger {
             // A wiped, restored or foreign store: not the member that was admitted, and what that had
             // acknowledged is gone.
             link.acked = Seq::ZERO;
