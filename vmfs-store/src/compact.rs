@@ -131,7 +131,12 @@ impl Ahead {
     /// Makes sure that the piece with `page` in it is on its way.
     fn reach(&mut self, shared: &Shared, seg: &Segment, page: u32) -> Result<(), StoreError> {
         let piece_pages = u32::try_from(PIECE_BYTES / PAGE_U64).expect("invariant: a small constant");
-        while self.page <= page && shared.way.is_busy() {
+        if !shared.way.is_busy() {
+            // What was passed meanwhile is not fetched later.
+            self.page = self.page.max(page);
+            return Ok(());
+        }
+        while self.page <= page {
             let pages = piece_pages.min(seg.class.pages() - self.page);
             if pages == 0 {
                 return Ok(());
