@@ -15,9 +15,9 @@ pub(crate) const PIECE_BYTES: u64 = 256 << 10;
 /// Bytes of a file given back between two rests: they may be discarded on the disk, which takes its time too.
 pub(crate) const FREED_BYTES: u64 = 1 << 20;
 /// How long a rest is, at least. It is as long as the piece took on a disk where that is longer.
-const REST_MIN: Duration = Duration::from_millis(1);
+const REST_MIN: Duration = Duration::from_millis(4);
 /// How long it is at most.
-const REST_MAX: Duration = Duration::from_millis(20);
+const REST_MAX: Duration = Duration::from_millis(40);
 
 /// Who has to wait for whom.
 pub(crate) struct Way {
@@ -71,7 +71,7 @@ impl Way {
         let took = pause.ended.elapsed();
         drop(pause);
         if flushed {
-            std::thread::sleep(took.clamp(REST_MIN, REST_MAX));
+            std::thread::sleep((took * 4).clamp(REST_MIN, REST_MAX));
         }
         self.pause.lock().ended = Instant::now();
     }
