@@ -43,6 +43,7 @@ use world::World;
 
 pub use broken::Broken;
 pub use check::Check;
+pub use world::FORESEEN_FROM;
 
 /// Index of a host in its cluster.
 type At = usize;

@@ -177,6 +177,13 @@ impl World {
                         Ok(()) => {
                             written = true;
                             self.wake_lines(at);
+                            // As the engine does where flushes are a habit.
+                            if self.foresees && self.rng.one_in(3) {
+                                self.env(at, |env| machine.sync_members(env, &mut out));
+                                if self.rng.one_in(2) {
+                                    machine.sync_local(&mut out);
+                                }
+                            }
                         }
                         Err(e) => {
                             self.store_error(at, &e, "appending a guest's write");

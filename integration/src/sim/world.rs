@@ -65,6 +65,10 @@ impl Ord for Due {
     }
 }
 
+/// Runs with a lower seed go as they did before owners could expect flushes, so that the seeds that once found
+/// something go on to mean it.
+pub const FORESEEN_FROM: u64 = 400_000;
+
 /// A cluster and everything around it.
 pub(crate) struct World {
     pub(crate) now: Us,
@@ -82,6 +86,8 @@ pub(crate) struct World {
     /// What is broken on purpose.
     pub(crate) broken: Option<Broken>,
     pub(crate) lying: Lying,
+    /// Owners expect flushes, and have logs made durable before they are asked to.
+    pub(crate) foresees: bool,
     pub(crate) counts: Tally,
     pub(crate) next_token: u64,
     queue: BinaryHeap<Reverse<Due>>,
@@ -106,6 +112,7 @@ impl World {
             violation: None,
             broken: None,
             lying: Lying::default(),
+            foresees: seed >= FORESEEN_FROM,
             counts: Tally::default(),
             next_token: 0,
             queue: BinaryHeap::new(),

@@ -162,6 +162,13 @@ impl Machine {
         }
     }
 
+    /// The same for this host's own log.
+    pub fn sync_local(&mut self, out: &mut Vec<Output>) {
+        if matches!(self.role, RoleState::Owner(_)) {
+            self.want_sync(out);
+        }
+    }
+
     /// An acknowledgement counts only if epoch, seq, digest and store all match this chain.
     pub(crate) fn on_ack(
         &mut self,
