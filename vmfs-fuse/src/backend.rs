@@ -242,6 +242,12 @@ pub trait Backend: Send + Sync + 'static {
     /// was for this view, `EIO` when it was deposed, `ENOSPC`, `EFBIG`.
     fn write(&self, id: ImageId, view: View, offset: u64, data: &[u8]) -> Attempt<()>;
 
+    /// The caller of a [`Backend::write`] that was done has its answer: the time for what he need not wait
+    /// for. May take as long as a sync of the local disk.
+    fn answered(&self, id: ImageId) {
+        let _ = id;
+    }
+
     /// Makes the range read as zeros and frees whole blocks. Errors as [`Backend::write`].
     fn zero(&self, id: ImageId, view: View, offset: u64, len: u64, size: SizeRule) -> Attempt<()>;
 

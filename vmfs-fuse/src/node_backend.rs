@@ -248,6 +248,12 @@ impl Backend for NodeBackend {
         self.with_image(id, |image| image.write(view.lineage, offset, data))
     }
 
+    fn answered(&self, id: ImageId) {
+        if let Some(image) = self.node.image(id) {
+            image.answered();
+        }
+    }
+
     fn zero(&self, id: ImageId, view: View, offset: u64, len: u64, size: SizeRule) -> Attempt<()> {
         self.with_image(id, |image| image.zero(view.lineage, offset, len, size == SizeRule::Keep))
     }

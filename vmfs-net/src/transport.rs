@@ -7,12 +7,13 @@ use std::time::Duration;
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn::{
     AckFrequencyConfig, ClientConfig, Endpoint, EndpointConfig, MtuDiscoveryConfig, ServerConfig,
-    TokioRuntime, TransportConfig, VarInt,
+    TransportConfig, VarInt,
 };
 
 use crate::config::{Congestion, NetConfig};
 use crate::error::NetError;
 use crate::pki::HostIdentity;
+use crate::runtime::Runtime;
 use crate::tls;
 
 /// Socket buffers asked for; the kernel may give less.
@@ -54,8 +55,8 @@ impl Transport {
         enlarge_buffers(&socket);
         let mut endpoint = EndpointConfig::default();
         endpoint.max_udp_payload_size(UDP_PAYLOAD_MAX).expect("invariant: within the range that QUIC allows");
-        let endpoint = Endpoint::new(endpoint, Some((*server[0]).clone()), socket, Arc::new(TokioRuntime))
-            .map_err(bind)?;
+        let endpoint =
+            Endpoint::new(endpoint, Some((*server[0]).clone()), socket, Arc::new(Runtime)).map_err(bind)?;
         Ok(Self { endpoint, client, server })
     }
 

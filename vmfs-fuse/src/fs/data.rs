@@ -314,7 +314,13 @@ impl<B: Backend> Fs<B> {
             other => reply(other.map(|()| count)),
         };
         match self.backend.write(id, view, offset, data) {
-            Attempt::Ready(result) => written(result),
+            Attempt::Ready(result) => {
+                let done = result.is_ok();
+                written(result);
+                if done {
+                    self.backend.answered(id);
+                }
+            }
             Attempt::Wait => {
                 let op = DataOp::Write { id, view, offset, data: data.to_vec() };
                 self.parker(id, caller)(op, move |outcome: Result<_, _>| written(outcome.map(|_| ())));

@@ -4,7 +4,7 @@
 //! happen under it together. Everything slow (hashing, syncing, sending) happens outside.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -16,6 +16,7 @@ use vmfs_common::op::Op;
 use vmfs_common::policy::{MEMBERS_MAX, MemberRole};
 use vmfs_common::state::ImageState;
 use vmfs_common::{BLOCK_BYTES, BlockIndex, Digest, HostId, ImageId, Millis, Seq};
+use vmfs_net::spot::{self, Woken};
 use vmfs_proto::{Env, Gate, Input, Machine, OpError, OpOutcome, Output, Refused, Take, Wait};
 use vmfs_store::{ImageStore, Reservation, Space, StoreError, View};
 
@@ -62,6 +63,8 @@ pub struct Image {
     pub(super) wakes: Mutex<Vec<Wake>>,
     next_token: AtomicU64,
     head: AtomicU64,
+    /// The last write is likely to be made durable next, and nothing has been done about it here.
+    flush_expected: AtomicBool,
     /// Reads are open up to and including then (this node's clock); later the machine is asked.
     readable_until: AtomicU64,
     pub(super) size_bytes: AtomicU64,
@@ -123,6 +126,7 @@ impl Image {
             wakes: Mutex::default(),
             next_token: AtomicU64::new(1),
             head: AtomicU64::new(head),
+            flush_expected: AtomicBool::new(false),
             readable_until: AtomicU64::new(0),
             size_bytes: AtomicU64::new(0),
             deadline: AtomicU64::new(0),
@@ -283,22 +287,50 @@ impl Image {
         space: Space,
         make: impl FnOnce(&ImageState) -> Option<Draft>,
     ) -> Result<(), IoError> {
-        self.locked(|core, env, out| {
+        let append = |core: &mut Core, env: &mut Env<'_>, out: &mut Vec<Output>| {
             if let Some(lineage) = lineage {
                 self.check_lineage(lineage)?;
             }
             let gate = core.machine.may_write(env.now);
             self.gate(if space == Space::Control { Self::control_gate(gate) } else { gate }, env.now)?;
-            let Some(draft) = make(core.machine.state()) else { return Ok(()) };
+            let Some(draft) = make(core.machine.state()) else { return Ok::<_, IoError>(false) };
             let header_bytes = FIXED_BYTES + args_bytes(&draft.op) + 8 * MEMBERS_MAX + Digest::LEN * digests;
             let reserved = self.store.reserve(header_bytes, payload.len() / BLOCK_BYTES, space)?;
             let update = core.machine.append(env, draft, out);
             self.store_own(core, env, out, reserved, &update, payload)?;
-            if core.flushes.appended() {
+            let alone = self.node().writers.note(self.id, env.now);
+            let flush_expected = core.flushes.appended();
+            if flush_expected {
                 core.machine.sync_members(env, out);
             }
-            Ok(())
-        })
+            Ok(flush_expected && alone)
+        };
+        let (flush_is_next, lines) = spot::gather(|| self.locked(append));
+        if flush_is_next? {
+            self.send_here(lines);
+            self.flush_expected.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whoever wrote last has his answer. If he is expected to flush next, this thread makes the log durable
+    /// meanwhile; as [`Image::flush`] does it.
+    pub fn answered(self: &Arc<Self>) {
+        if self.flush_expected.load(Ordering::Relaxed)
+            && self.flush_expected.swap(false, Ordering::Relaxed)
+            && let Some(_turn) = self.node().caller_sync()
+        {
+            self.locked_and_sync(|core, _, out| core.machine.sync_local(out));
+        }
+    }
+
+    /// Sends what members wait for from this thread, if it is none of the runtime's: waking one of those takes
+    /// longer than sending.
+    fn send_here(&self, lines: Woken) {
+        let node = self.node();
+        if node.is_outside() {
+            lines.run(node.runtime());
+        }
     }
 
     /// Stores an update that has its number already: any error from here on stops the image.
@@ -370,6 +402,7 @@ impl Image {
     /// the members do the same, which saves waking another thread; as long as enough such callers are left.
     pub fn flush(self: &Arc<Self>, done: FlushDone) {
         let input = Input::Flush { token: self.token(Pending::Flush(done)) };
+        self.flush_expected.store(false, Ordering::Relaxed);
         self.core.lock().flushes.flushed();
         match self.node().caller_sync() {
             Some(_turn) => self.input_and_sync(input),
@@ -379,15 +412,28 @@ impl Image {
 
     /// One input to the machine. When it asks for a local sync, this thread does it before it returns.
     pub(super) fn input_and_sync(self: &Arc<Self>, input: Input) {
+        self.locked_and_sync(|core, env, out| core.machine.handle(env, input, out));
+    }
+
+    /// As [`Image::locked`]. When the machine asks for a local sync, this thread does it before it returns.
+    fn locked_and_sync(self: &Arc<Self>, f: impl FnOnce(&mut Core, &mut Env<'_>, &mut Vec<Output>)) {
         let node = self.node();
-        let mut core = self.core.lock();
-        core.sync_here = true;
-        let mut out = Vec::new();
-        node.with_env(self, |env| core.machine.handle(env, input, &mut out));
-        self.execute(&node, &mut core, out);
-        core.sync_here = false;
-        let due = std::mem::take(&mut core.sync_due);
-        self.unlock(core);
+        let (due, lines) = spot::gather(|| {
+            let mut core = self.core.lock();
+            core.sync_here = true;
+            let mut out = Vec::new();
+            node.with_env(self, |env| f(&mut core, env, &mut out));
+            self.execute(&node, &mut core, out);
+            core.sync_here = false;
+            let due = std::mem::take(&mut core.sync_due);
+            self.unlock(core);
+            due
+        });
+        if node.writers.note(self.id, node.now()) {
+            self.send_here(lines);
+        } else {
+            drop(lines);
+        }
         if due {
             self.sync_log();
         }

@@ -18,17 +18,34 @@ const AVERAGE_OVER: u64 = 16;
 /// The longest that one sync counts for: a single slow one among many does not change the way.
 const COUNTED_MAX: Duration = Duration::from_millis(5);
 
+/// Whether one image alone is being written.
+#[derive(Default)]
+pub(super) struct Alone {
+    /// The image written last, and since when no other was.
+    last: Mutex<(ImageId, Millis)>,
+}
+
+impl Alone {
+    /// `image` is being written. True when no other was for a while.
+    pub(super) fn note(&self, image: ImageId, now: Millis) -> bool {
+        let mut last = self.last.lock();
+        if last.0 != image {
+            *last = (image, now);
+        }
+        now.since(last.1) >= ALONE_MS
+    }
+}
+
 /// See the module.
 pub(super) struct InlineSyncs {
-    /// The image written last, and since when no other was.
-    alone: Mutex<(ImageId, Millis)>,
+    alone: Alone,
     average_us: AtomicU64,
 }
 
 impl Default for InlineSyncs {
     fn default() -> Self {
         // Until it has shown that it is quick, the disk counts as slow.
-        Self { alone: Mutex::default(), average_us: AtomicU64::new(micros(COUNTED_MAX)) }
+        Self { alone: Alone::default(), average_us: AtomicU64::new(micros(COUNTED_MAX)) }
     }
 }
 
@@ -39,11 +56,7 @@ fn micros(time: Duration) -> u64 {
 impl InlineSyncs {
     /// A peer has sent something about `image`. True when a sync of it may be done in place.
     pub(super) fn note(&self, image: ImageId, now: Millis) -> bool {
-        let mut alone = self.alone.lock();
-        if alone.0 != image {
-            *alone = (image, now);
-        }
-        now.since(alone.1) >= ALONE_MS && self.average_us.load(Ordering::Relaxed) <= micros(QUICK_MAX)
+        self.alone.note(image, now) && self.average_us.load(Ordering::Relaxed) <= micros(QUICK_MAX)
     }
     /// A sync lasted `time`. Of two at once one may go uncounted.
     pub(super) fn lasted(&self, time: Duration) {

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use vmfs_common::header::Update;
 use vmfs_common::msg::{self, ImageMsg, Join};
 use vmfs_common::{Head, HostId, Seq};
-use vmfs_net::{NetError, Network, StreamSender};
+use vmfs_net::{NetError, Network, StreamSender, spot};
 use vmfs_proto::Input;
 use vmfs_store::StoreError;
 
@@ -123,7 +123,8 @@ impl Line {
             waiting_bytes: image.node().waiting_bytes(peer),
         });
         let (task, image, network) = (line.clone(), image.clone(), network.clone());
-        image.node().spawn(async move {
+        let runtime = image.node().runtime().clone();
+        spot::spawn(&runtime, async move {
             let end = match network.open_stream(peer, image.id) {
                 Ok(stream) => task.run(&image, stream).await,
                 Err(e) => Err(e),
@@ -267,7 +268,11 @@ impl Line {
         loop {
             match self.next_work(image.head_seq()) {
                 Work::Closed => return Ok(()),
-                Work::Message(m) => stream.send_control(Bytes::from(msg::encode(&*m))).await?,
+                Work::Message(m) => {
+                    // Whoever has asked for a sync waits for it, and does not write meanwhile.
+                    busy &= !matches!(*m, ImageMsg::Sync { .. });
+                    stream.send_control(Bytes::from(msg::encode(&*m))).await?;
+                }
                 Work::Headers(after, upto) => {
                     let (message, last) = tokio::task::block_in_place(|| image.headers_after(after, upto));
                     self.headers_sent(after, upto, last);

@@ -94,6 +94,8 @@ pub struct NodeInner {
     /// Until then (this node's clock) nothing that touches the disk runs on the network's threads.
     slow_disk_until: AtomicU64,
     inline_syncs: inline::InlineSyncs,
+    /// Of the images that are written on this host's mount.
+    writers: inline::Alone,
     /// Threads of callers that are inside a local sync.
     pub(crate) caller_syncs: AtomicUsize,
     /// Refusals that no image has counted, by reason.
@@ -147,10 +149,14 @@ impl NodeInner {
     pub(crate) fn disk_was_slow(&self) -> bool {
         self.now().0 < self.slow_disk_until.load(Ordering::Relaxed)
     }
+    /// True on a thread that is none of the runtime's: one of the mount's.
+    pub(crate) fn is_outside(&self) -> bool {
+        Handle::try_current().is_err()
+    }
     /// A caller's turn to sync a log on its own thread: not one of the runtime's, which serve others
     /// meanwhile, and no more than [`CALLER_SYNCS_MAX`] at a time.
     pub(crate) fn caller_sync(&self) -> Option<CallerSync<'_>> {
-        if Handle::try_current().is_ok() {
+        if !self.is_outside() {
             return None;
         }
         let turn = CallerSync(&self.caller_syncs);

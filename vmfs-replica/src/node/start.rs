@@ -140,6 +140,7 @@ pub async fn start(config: Config, roles: Vec<HostRole>) -> Result<Node, NodeErr
         stopping: watch::Sender::new(false),
         slow_disk_until: AtomicU64::new(0),
         inline_syncs: super::inline::InlineSyncs::default(),
+        writers: super::inline::Alone::default(),
         caller_syncs: AtomicUsize::new(0),
         refused: Mutex::default(),
         introduced: Mutex::default(),
