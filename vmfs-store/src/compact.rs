@@ -58,6 +58,18 @@ pub struct SpaceUse {
     pub compacted_bytes: u64,
 }
 
+/// Segments of an image may take this much more than twice its data before compaction hurries: its data once
+/// more, up to the first, and the second, which a small image does not compare with.
+const BLOAT_MAX_BYTES: u64 = 1 << 30;
+const BLOAT_MIN_BYTES: u64 = 256 << 20;
+
+impl SpaceUse {
+    pub(crate) fn is_bloated(&self) -> bool {
+        let bloat = self.live_bytes.min(BLOAT_MAX_BYTES) + BLOAT_MIN_BYTES;
+        self.segment_bytes > 2 * self.live_bytes + bloat
+    }
+}
+
 /// What compaction knows of an image between two calls.
 #[derive(Default)]
 pub(crate) struct Compaction {

@@ -283,8 +283,8 @@ impl Store {
     /// # Errors
     /// The disk's. What was not done stays due.
     pub fn background(&self, budget_bytes: u64) -> Result<bool, StoreError> {
-        self.shared.way.begin();
         let images: Vec<_> = self.images.read().values().map(Arc::clone).collect();
+        self.shared.way.begin(self.is_bloated(&images));
         let mut first_error = None;
         for image in images {
             let dirty = self.shared.dirty_map_bytes.load(Ordering::Relaxed);
@@ -299,6 +299,11 @@ impl Store {
         let more = self.shared.pool.background(&self.shared, budget_bytes)?;
         first_error.map_or(Ok(more), Err)
     }
+    /// What lies dead takes so much that giving it back is worth more than quick flushes.
+    fn is_bloated(&self, images: &[Arc<ImageStore>]) -> bool {
+        self.shared.is_tight() || images.iter().any(|image| image.space_use().is_bloated())
+    }
+
     /// Copies what is left of sparse segments together, about `budget_bytes` of it, so that they can be given
     /// back: [`Store::background`] does that, with the next checkpoints. To be called from the same thread as
     /// it. Returns how much of the budget was used; 0 when there is nothing to do now.
@@ -307,7 +312,7 @@ impl Store {
     /// The disk's. No image is changed by what failed.
     pub fn compact(&self, budget_bytes: u64) -> Result<u64, StoreError> {
         let mut images: Vec<_> = self.images.read().values().map(Arc::clone).collect();
-        self.shared.way.begin();
+        self.shared.way.begin(self.is_bloated(&images));
         let turn = self.turns.fetch_add(1, Ordering::AcqRel) % images.len().max(1);
         images.rotate_left(turn);
         let (mut used, mut first_error) = (0, None);

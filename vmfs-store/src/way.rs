@@ -5,7 +5,7 @@
 //! background work gives the disk one piece at a time, waits until it is done, and then rests, as long as
 //! somebody flushes. Only its own thread rests, and nothing of a guest's waits for the locks it holds then.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -14,15 +14,18 @@ use parking_lot::Mutex;
 pub(crate) const PIECE_BYTES: u64 = 256 << 10;
 /// Bytes of a file given back between two rests: they may be discarded on the disk, which takes its time too.
 pub(crate) const FREED_BYTES: u64 = 1 << 20;
-/// How long a rest is, at least. It is as long as the piece took on a disk where that is longer.
-const REST_MIN: Duration = Duration::from_millis(4);
-/// How long it is at most.
-const REST_MAX: Duration = Duration::from_millis(40);
+/// How long a rest is, at least and at most. Between them, it is as long as the piece took.
+const REST_MIN: Duration = Duration::from_millis(1);
+const REST_MAX: Duration = Duration::from_millis(20);
+/// How much longer it is while there is space.
+const UNHURRIED: u32 = 4;
 
 /// Who has to wait for whom.
 pub(crate) struct Way {
     /// Flushes so far.
     flushes: AtomicU64,
+    /// Space has to come back.
+    hurry: AtomicBool,
     pause: Mutex<Pause>,
 }
 
@@ -39,6 +42,7 @@ impl Default for Way {
     fn default() -> Self {
         Self {
             flushes: AtomicU64::new(0),
+            hurry: AtomicBool::new(false),
             pause: Mutex::new(Pause { seen: 0, ended: Instant::now(), busy: false }),
         }
     }
@@ -49,8 +53,10 @@ impl Way {
     pub(crate) fn flush(&self) {
         self.flushes.fetch_add(1, Ordering::Relaxed);
     }
-    /// Background work begins; flushes until now did not wait for it.
-    pub(crate) fn begin(&self) {
+    /// Background work begins; flushes until now did not wait for it. It rests less in a `hurry`: when space has
+    /// to come back.
+    pub(crate) fn begin(&self, hurry: bool) {
+        self.hurry.store(hurry, Ordering::Relaxed);
         let flushes = self.flushes.load(Ordering::Relaxed);
         let mut pause = self.pause.lock();
         pause.busy = std::mem::replace(&mut pause.seen, flushes) != flushes;
@@ -71,7 +77,8 @@ impl Way {
         let took = pause.ended.elapsed();
         drop(pause);
         if flushed {
-            std::thread::sleep((took * 4).clamp(REST_MIN, REST_MAX));
+            let times = if self.hurry.load(Ordering::Relaxed) { 1 } else { UNHURRIED };
+            std::thread::sleep(times * took.clamp(REST_MIN, REST_MAX));
         }
         self.pause.lock().ended = Instant::now();
     }
@@ -85,7 +92,7 @@ mod tests {
     fn background_work_rests_only_while_somebody_flushes() {
         let way = Way::default();
         way.flush();
-        way.begin();
+        way.begin(true);
         let began = Instant::now();
         (0..1000).for_each(|_| way.rest());
         assert!(began.elapsed() < 1000 * REST_MIN, "nobody has flushed meanwhile");
@@ -95,5 +102,10 @@ mod tests {
             way.rest();
         }
         assert!(began.elapsed() >= 3 * REST_MIN);
+        way.begin(false);
+        let began = Instant::now();
+        way.flush();
+        way.rest();
+        assert!(began.elapsed() >= UNHURRIED * REST_MIN, "there is space");
     }
 }
