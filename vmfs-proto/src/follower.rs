@@ -55,10 +55,14 @@ impl Machine {
     }
 
     pub(crate) fn send_join(&mut self, out: &mut Vec<Output>) {
-        if let Some(f) = &self.following {
-            self.muted = false;
-            send(out, f.host, ImageMsg::Join(self.join()));
+        let Some(f) = &self.following else { return };
+        if f.start.epoch < self.promised() {
+            // A join says that this copy backs the owner.
+            self.send_refused(f.host, Refusal::Promised, Seq::ZERO, out);
+            return;
         }
+        self.muted = false;
+        send(out, f.host, ImageMsg::Join(self.join()));
     }
 
     pub(crate) fn on_offer(
@@ -74,17 +78,6 @@ impl Machine {
             return;
         }
         let current = self.epoch();
-        // A later epoch that is only claimed so far is looked into first: whoever loses offers again.
-        let claimed = |f: &Following| f.start.epoch > start.epoch && f.host != from && !f.certified;
-        // But not instead of the owner this copy has: anybody could claim.
-        let known = start.epoch == current && self.state.epoch_start().is_some_and(|e| e.start == start);
-        if !known
-            && (self.following.as_ref().is_some_and(claimed)
-                || self.walk.as_ref().is_some_and(|w| claimed(w.offered())))
-        {
-            self.send_refused(from, Refusal::WrongEpoch, Seq::ZERO, out);
-            return;
-        }
         let bound = current.max(self.bound());
         if self.meta.forced.is_some() && !self.meta.has_given_up() && start.epoch != current {
             // A lineage that an operator has split off meets the other one: both are kept.
@@ -94,6 +87,17 @@ impl Machine {
         }
         if start.epoch < bound {
             self.refuse(env, from, None, Refusal::Promised, out);
+            return;
+        }
+        // A later epoch that is only claimed so far is looked into first: whoever loses offers again.
+        let claimed = |f: &Following| f.start.epoch > start.epoch && f.host != from && !f.certified;
+        // But not instead of the owner this copy has: anybody could claim.
+        let known = start.epoch == current && self.state.epoch_start().is_some_and(|e| e.start == start);
+        if !known
+            && (self.following.as_ref().is_some_and(claimed)
+                || self.walk.as_ref().is_some_and(|w| claimed(w.offered())))
+        {
+            self.send_refused(from, Refusal::WrongEpoch, Seq::ZERO, out);
             return;
         }
         let (parent, certified, backed) = if start.epoch == current {

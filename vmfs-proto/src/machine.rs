@@ -361,6 +361,7 @@ impl Machine {
             && let Some(link) = o.links.get_mut(&from)
         {
             link.absent = false;
+            link.backs &= promise_in(&msg) <= o.start.epoch;
         }
         match msg {
             ImageMsg::Propose { proposal, occasion, head, consent, role: _ } => {
@@ -444,6 +445,10 @@ impl Machine {
     /// When to call again with [`Input::Tick`]; `None`: nothing is due.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Millis> {
+        if matches!(self.role, RoleState::Failed) {
+            // It does nothing any more: what had been due would be due for ever.
+            return None;
+        }
         let stall =
             self.timing.stall_timeout_ms.and_then(|ms| self.flushes.front().map(|f| f.since.plus(ms)));
         let sync = match self.block_sync {
@@ -580,6 +585,16 @@ impl Machine {
     fn meta_was_persisted(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         self.ack_if_due(env, out);
         self.change_persisted(env, out);
+    }
+}
+
+/// What a message says that its sender has promised, at least.
+fn promise_in(msg: &ImageMsg) -> Epoch {
+    match msg {
+        ImageMsg::Refused { promised, .. } => *promised,
+        ImageMsg::Propose { proposal, .. } => proposal.ballot,
+        ImageMsg::Offer { start, .. } => start.epoch,
+        _ => Epoch::default(),
     }
 }
 

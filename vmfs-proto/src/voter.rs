@@ -1,6 +1,6 @@
 //! Promises and votes: what a member answers to a candidate (DESIGN.md section 7, point 2).
 
-use vmfs_common::chain::Share;
+use vmfs_common::chain::{Refusal, Share};
 use vmfs_common::election::{Proposal, Vote};
 use vmfs_common::header::FLAG_DEGRADED;
 use vmfs_common::identity::Signature;
@@ -183,11 +183,15 @@ impl Machine {
     }
 
     /// The owner learns at once that this member is lost to it, so that it pauses and bids again
-    /// instead of serving an image that may be owned elsewhere in a moment.
+    /// instead of serving an image that may be owned elsewhere in a moment: the one that is followed, of whose epoch
+    /// nothing may have come yet, and the one of the chain's last epoch.
     fn tell_owner_of_promise(&self, candidate: HostId, out: &mut Vec<Output>) {
-        let owner = self.epoch().host;
-        if owner != self.id.host && owner != candidate && self.connected.contains(&owner) {
-            self.send_refused(owner, vmfs_common::chain::Refusal::Promised, Seq::ZERO, out);
+        let followed = self.following.as_ref().map(|f| f.host);
+        let last = Some(self.epoch().host).filter(|h| followed != Some(*h));
+        for owner in followed.into_iter().chain(last) {
+            if owner != self.id.host && owner != candidate && self.connected.contains(&owner) {
+                self.send_refused(owner, Refusal::Promised, Seq::ZERO, out);
+            }
         }
     }
 

@@ -114,6 +114,87 @@ fn an_owner_without_a_quorum_freezes_within_its_lease_and_thaws_by_itself() {
     c.write_and_flush(0);
 }
 
+/// Seeds 71871 and 200889 of the simulator: a wiped store, a failed one.
+#[test]
+fn a_member_that_answers_and_has_not_joined_does_not_keep_the_lease() {
+    for wiped in [false, true] {
+        let mut c = cluster(&[Replica; 3], STALL);
+        c.write_and_flush(0);
+        c.isolate(0);
+        c.run(c.timing.lease_ms + 500);
+        if wiped {
+            c.crash(1);
+            c.wipe(1);
+            c.restart(1);
+            c.cut(0, 2);
+        } else {
+            c.input(1, Input::StoreFailed);
+            c.heal(0, 1);
+        }
+        for _ in 0..20 {
+            assert_eq!(write_gate(&c, 0), Gate::Wait(Wait::Frozen), "wiped {wiped}");
+            c.run(500);
+        }
+        c.heal(0, 2);
+        c.until("thawed", 2000, |c| write_gate(c, 0) == Gate::Open);
+    }
+}
+
+#[test]
+fn connections_that_break_again_and_again_do_not_freeze_a_healthy_owner() {
+    let mut c = cluster(&[Replica; 3], STALL);
+    c.crash(2);
+    for _ in 0..100 {
+        c.cut(0, 1);
+        c.heal(0, 1);
+        assert_eq!(write_gate(&c, 0), Gate::Open);
+        c.run(100);
+        assert_eq!(write_gate(&c, 0), Gate::Open);
+    }
+    c.write_and_flush(0);
+}
+
+/// Seeds 201549 and 211904 of the simulator: it had followed the later owner from nothing, could not check its
+/// epoch, and did not say that it had promised itself away.
+#[test]
+fn a_member_that_follows_a_later_epoch_does_not_keep_the_lease() {
+    let mut c = Cluster::new(7, &[Replica, Replica, Witness], STALL);
+    c.cut(0, 2);
+    c.run(200);
+    c.write_and_flush(0);
+    c.isolate(0);
+    assert!(promote(&mut c, 1, false).is_ok());
+    c.run(100);
+    c.cut(1, 2);
+    c.run(c.timing.lease_ms + 500);
+    assert_eq!(write_gate(&c, 0), Gate::Wait(Wait::Frozen));
+    c.heal(0, 2);
+    for _ in 0..100 {
+        c.run(50);
+        assert_ne!(write_gate(&c, 0), Gate::Open);
+    }
+    assert!(!c.nodes[0].machine.as_ref().unwrap().is_open_owner(), "it has been told");
+}
+
+/// The new one has caught up; but the others may be somebody else's.
+#[test]
+fn a_new_member_alone_does_not_thaw_an_owner() {
+    let mut c = cluster(&[Replica; 3], STALL);
+    c.write_and_flush(0);
+    c.isolate(0);
+    c.run(c.timing.lease_ms + 500);
+    let new = c.add_host(Replica);
+    let id = c.nodes[new].id.clone();
+    c.op(0, |token| Input::AddMember { member: member(&id, Replica), token });
+    c.until("the update is made", 2000, |c| members(c, 0) == 4);
+    for _ in 0..100 {
+        assert_eq!(write_gate(&c, 0), Gate::Wait(Wait::Frozen));
+        c.run(50);
+    }
+    c.heal(0, 1);
+    c.until("thawed", 2000, |c| write_gate(c, 0) == Gate::Open);
+}
+
 #[test]
 fn two_members_stall_or_degrade_as_the_policy_says() {
     let mut c = cluster(&[Replica; 2], STALL);

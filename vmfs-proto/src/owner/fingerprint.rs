@@ -78,7 +78,8 @@ impl Link {
             admitted,
             absent,
             streaming,
-            stranger,
+            backs,
+            contact: _,
             fenced,
             sent,
             acked,
@@ -90,7 +91,7 @@ impl Link {
             unreadable,
         } = self;
         let place = (sent, acked, sync_asked, unreadable);
-        (store, role, admitted, absent, streaming, stranger, fenced, place).hash(h);
+        (store, role, admitted, absent, streaming, backs, fenced, place).hash(h);
         (waiting_since.is_some(), clock.class_of(*offer_at)).hash(h);
     }
 }

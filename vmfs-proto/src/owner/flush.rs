@@ -280,9 +280,10 @@ impl Machine {
     /// The `EpochStart` is durable on a quorum.
     fn opened(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let RoleState::Owner(o) = &mut self.role else { return };
-        o.lease_from = env.now;
-        o.lease_until = o.lease_until.max(env.now.plus(self.timing.lease_ms));
-        let Some(e) = o.election.take() else { return };
+        let election = o.election.take();
+        self.check_lease(env, out);
+        let RoleState::Owner(o) = &mut self.role else { return };
+        let Some(e) = election else { return };
         if let Some(token) = e.token {
             let done = OpOutcome::Promoted { epoch: o.start.epoch, loss: e.loss, forced: e.forced };
             op_done(out, token, Ok(done));
@@ -295,16 +296,16 @@ impl Machine {
         }
     }
 
-    /// The owner's lease: how long a quorum is known to have been in contact, both ways.
+    /// The owner's lease: how long a quorum that backs it is known to have been in contact, both ways. A later
+    /// epoch needs the promises of a majority, and so of somebody in that quorum, who counts no more from then on.
     pub(crate) fn check_lease(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let me = self.id.host;
         let RoleState::Owner(o) = &mut self.role else { return };
-        let from = o.lease_from;
-        let contact = |h: HostId| match h {
-            h if h == me => env.now,
-            // Wiped or restored: it knows nothing of what the admitted store has promised.
-            h if o.links.get(&h).is_some_and(|l| l.stranger) => Millis::default(),
-            h => (env.contact)(h).confirmed.unwrap_or_default().max(from),
+        o.links.iter_mut().for_each(|(h, l)| l.note_contact((env.contact)(*h).confirmed));
+        let contact = |h: HostId| match o.links.get(&h) {
+            _ if h == me => env.now,
+            // A quorum has acknowledged the `EpochStart` since, or the epoch is not open.
+            link => link.map_or(o.lease_from, |l| l.contact.max(o.lease_from)),
         };
         let mut times: Vec<Millis> = self.state.members.all().iter().map(|m| contact(m.host)).collect();
         times.sort_by(|a, b| b.cmp(a));

@@ -195,7 +195,8 @@ impl Machine {
                 && let Some(link) = o.links.get_mut(&m.host)
             {
                 link.admitted = true;
-                o.lease_from = env.now;
+                // Nobody can have had its vote before there is a list with it.
+                link.contact = env.now;
             }
         }
         self.check_lease(env, out);

@@ -81,7 +81,7 @@ pub(crate) struct Owner {
     shares: BTreeMap<HostId, Share>,
     /// Contact with a quorum lasts until here at least.
     lease_until: Millis,
-    /// The lease runs from here when there was no contact yet.
+    /// When the `EpochStart` was made: the lease runs from here when there was no contact yet.
     lease_from: Millis,
     lease_check_at: Millis,
     frozen: bool,

@@ -23,8 +23,11 @@ pub(crate) struct Link {
     pub(crate) absent: bool,
     /// A stream to it is open, from a point its head was said to be at.
     pub(crate) streaming: bool,
-    /// The store that it last stated is not the one that was admitted.
-    pub(crate) stranger: bool,
+    /// It has joined on this connection with the store that was admitted, and has not said since that a later
+    /// epoch has its promise: its contact keeps the lease.
+    pub(crate) backs: bool,
+    /// The last ping that it is known to have answered while it backed this owner.
+    pub(crate) contact: Millis,
     /// Its copy cannot be brought to this chain (another store, another lineage).
     pub(crate) fenced: bool,
     /// The last update handed to its connection.
@@ -50,7 +53,8 @@ impl Link {
             admitted,
             absent: false,
             streaming: false,
-            stranger: false,
+            backs: false,
+            contact: Millis::default(),
             fenced: false,
             sent: Seq::ZERO,
             acked: Seq::ZERO,
@@ -59,6 +63,14 @@ impl Link {
             offer_at: None,
             refusals: 0,
             unreadable: Seq::ZERO,
+        }
+    }
+
+    /// Takes down how far its contact keeps the lease. What it answers before it has joined, or after it has
+    /// promised itself away, keeps nothing; what it answered earlier stays.
+    pub(crate) fn note_contact(&mut self, confirmed: Option<Millis>) {
+        if self.backs {
+            self.contact = self.contact.max(confirmed.unwrap_or_default());
         }
     }
 
@@ -102,15 +114,16 @@ impl Machine {
         let RoleState::Owner(o) = &mut self.role else { return };
         let Some(link) = o.links.get_mut(&from) else { return };
         let headers_only = link.role == MemberRole::Witness;
+        let stranger = join.store != link.store || join.witness != headers_only;
+        link.backs = !stranger;
         if o.hold.is_some() {
             // It will be offered the chain again in a moment.
             return;
         }
         link.offer_at = None;
         link.streaming = false;
-        link.stranger = join.store != link.store || join.witness != headers_only;
-        link.fenced = link.stranger;
-        if link.stranger {
+        link.fenced = stranger;
+        if stranger {
             // A wiped, restored or foreign store: not the member that was admitted, and what that had
             // acknowledged is gone.
             link.acked = Seq::ZERO;
@@ -154,7 +167,8 @@ impl Machine {
         let near = self.is_near(promised);
         let RoleState::Owner(o) = &mut self.role else { return };
         let Some(link) = o.links.get_mut(&from) else { return };
-        if why == Refusal::Promised && near && link.admitted && promised > o.start.epoch {
+        // Whatever it refuses: with a later promise it is lost to this epoch. What is hopeless is another lineage's.
+        if !hopeless && near && link.admitted && promised > o.start.epoch {
             let serving = o.links.values().filter(|l| l.admitted && l.streaming).count();
             let quorum = self.state.members.quorum();
             let without = serving + 1 - usize::from(o.links.get(&from).is_some_and(|l| l.streaming));
@@ -209,6 +223,12 @@ impl Machine {
     }
 
     pub(crate) fn owner_peer_up(&mut self, env: &Env<'_>, host: HostId, out: &mut Vec<Output>) {
+        if let RoleState::Owner(o) = &mut self.role
+            && let Some(link) = o.links.get_mut(&host)
+        {
+            // It may be another store, or have promised in the meantime: until it joins nobody knows.
+            link.backs = false;
+        }
         self.offer(env, host, out);
     }
 
@@ -220,6 +240,8 @@ impl Machine {
         if let RoleState::Owner(o) = &mut self.role
             && let Some(link) = o.links.get_mut(&host)
         {
+            link.note_contact((env.contact)(host).confirmed);
+            link.backs = false;
             link.streaming = false;
             link.offer_at = None;
             link.waiting_since = None;
