@@ -309,11 +309,13 @@ impl Machine {
             self.bid(env, out);
             return;
         }
+        // Members that a change not yet committed leaves out are no part of the certificate. The loss statement needs
+        // what they have said.
+        let votes: Vec<Vote> = c.votes.values().cloned().collect();
         let mandate = if c.forcing {
             Mandate::Forced(after)
         } else {
-            c.votes.retain(|h, _| members.get(*h).is_some());
-            Mandate::Votes(c.votes.values().cloned().collect())
+            Mandate::Votes(votes.iter().filter(|v| members.get(v.host).is_some()).cloned().collect())
         };
         if let Mandate::Votes(votes) = &mandate
             && let Err(why) = verify_votes(&proposal, votes, &head, &members)
@@ -328,7 +330,6 @@ impl Machine {
             return;
         }
         let forced = c.forcing;
-        let votes: Vec<Vote> = c.votes.values().cloned().collect();
         let loss = c.forced_loss.unwrap_or_else(|| loss::state(self, &votes));
         let published = self.ended_secret(head.epoch);
         let start = EpochStart { proposal, mandate, published, signature: Signature([0; 64]) };

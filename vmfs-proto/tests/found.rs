@@ -10,7 +10,7 @@ use vmfs_common::policy::MemberRole::{self, Replica, Witness};
 use vmfs_common::policy::{Acks, ImagePolicy, OnQuorumLoss};
 use vmfs_common::{Digest, Epoch, Head, Seq};
 use vmfs_proto::testing::{At, Cluster, Packet, member};
-use vmfs_proto::{FlushError, Input, OpError, OpOutcome};
+use vmfs_proto::{FlushError, Input, Loss, OpError, OpOutcome};
 
 const STALL: ImagePolicy = ImagePolicy { acks: Acks::Majority, on_quorum_loss: OnQuorumLoss::Stall };
 
@@ -340,4 +340,23 @@ fn a_flush_does_not_outlive_the_candidacy_in_which_it_was_asked() {
     let flush = c.flush(1);
     assert!(matches!(c.answer(promotion), Err(OpError::NoQuorum { .. })));
     assert_eq!(c.flush_answer(flush), Err(FlushError::NotOwner));
+}
+
+/// Seed 214394 of the simulator: its vote is no part of the certificate, and was left out of the loss statement too.
+#[test]
+fn what_a_member_has_voted_that_an_uncommitted_change_leaves_out_counts_for_the_loss_statement() {
+    let mut c = cluster(&[Replica; 4]);
+    c.write_and_flush(0);
+    c.cut(0, 2);
+    c.cut(0, 3);
+    let host = c.nodes[1].id.host;
+    c.op(0, |token| Input::RemoveMember { host, token });
+    let members = |c: &Cluster, at: At| c.nodes[at].machine.as_ref().map_or(0, |m| m.state().members.len());
+    c.until("the removed one has it all", 2000, |c| {
+        members(c, 0) == 3 && c.nodes[1].head() == c.nodes[0].head()
+    });
+    c.cut(0, 1);
+    let promoted = promote(&mut c, 2);
+    assert!(matches!(promoted, Ok(OpOutcome::Promoted { loss: Loss::Nothing, .. })), "{promoted:?}");
+    c.write_and_flush(2);
 }
