@@ -260,7 +260,7 @@ impl ImageStore {
 
     /// Makes what was written to the map file durable. Pages of an import may be lost with it, so that a failure
     /// is not survived.
-    fn sync_map(&self, file: &dyn DiskFile) -> Result<(), StoreError> {
+    pub(crate) fn sync_map(&self, file: &dyn DiskFile) -> Result<(), StoreError> {
         let synced = file.sync().during(|| format!("syncing the map of image {}", self.id));
         self.or_latch(synced.inspect_err(|_| self.leave_mark()))
     }

@@ -137,6 +137,13 @@ pub enum StoreError {
     Importing(ImageId),
 }
 
+impl StoreError {
+    /// Bytes are not what was written: trying again does not help.
+    pub(crate) const fn is_damage(&self) -> bool {
+        matches!(self, Self::Corrupt { .. } | Self::BadPayload { .. } | Self::BadMapPage { .. })
+    }
+}
+
 /// Adds what was being done to an I/O error, and makes "no space" its own kind.
 pub(crate) trait IoContext<T> {
     fn during(self, what: impl FnOnce() -> String) -> Result<T, StoreError>;

@@ -4,16 +4,16 @@ use std::sync::Arc;
 
 use parking_lot::MutexGuard;
 use vmfs_common::state::ImageState;
-use vmfs_common::{BLOCK_BYTES_U64, Head};
+use vmfs_common::{BLOCK_BYTES_U64, Head, Seq};
 
 use crate::append::{SyncGuard, apply_change, map_change};
-use crate::checkpoint::{ForkRow, SegmentRow};
+use crate::checkpoint::{ForkRow, SegmentRow, read_slot, write_body, write_super};
 use crate::checkpointing::{Checkpoints, Commit, Moves, Slot};
 use crate::error::StoreError;
 use crate::image::{ImageStore, Space};
 use crate::log::{ChainSegment, Tail, walk};
 use crate::map::overlay::Overlay;
-use crate::map::tree::Base;
+use crate::map::tree::{Base, FreePages};
 use crate::map::{Entry, Segments};
 use crate::segment::Class;
 use crate::writer::RECORD_BLOCKS_MAX;
@@ -23,13 +23,14 @@ use crate::writer::RECORD_BLOCKS_MAX;
 pub struct ForkInfo {
     /// Unique among the image's forks; made from the tail's epoch, seq and digest.
     pub name: String,
-    /// The last update it shares with the image.
+    /// The last update it shares with the image. Epoch and digest are zero where the log's first update, which
+    /// names them, cannot be read.
     pub ancestor: Head,
     /// Its own last update.
     pub head: Head,
-    /// How many updates it holds.
+    /// How many updates it holds, also those that can no longer be read.
     pub updates: u64,
-    /// Payload bytes it holds.
+    /// Payload bytes it holds, of the updates that can be read.
     pub bytes: u64,
     /// Time of its last update, nanoseconds since the Unix epoch.
     pub time_ns: u64,
@@ -59,16 +60,12 @@ impl Fork {
 }
 
 impl ImageStore {
-    /// Describes the log after `ancestor` as a fork.
+    /// Describes the log after `ancestor` as a fork. Damaged parts belong to it: whatever can be read stays.
     pub(crate) fn make_fork(&self, tail: &Tail, ancestor: Head) -> Result<Fork, StoreError> {
         let head = tail.head();
         let first = tail.chain.partition_point(|c| c.start_seq < ancestor.seq.next()).saturating_sub(1);
         let chain: Vec<ChainSegment> = tail.chain[first..].to_vec();
-        let mut payload_blocks = 0u64;
-        walk(&self.shared, &chain, ancestor.seq.next(), head.seq, |_, record, _| {
-            payload_blocks += record.crcs.len() as u64;
-            Ok(true)
-        })?;
+        let payload_blocks = self.readable_blocks(&chain, ancestor.seq.next(), head.seq)?;
         let name =
             format!("{}.{}-{}-{}", head.epoch.number, head.epoch.host.short(), head.seq, head.digest.short());
         let info = ForkInfo {
@@ -80,6 +77,26 @@ impl ImageStore {
             time_ns: tail.state.tip.time_ns,
         };
         Ok(Fork { info, chain: Arc::new(chain) })
+    }
+
+    /// Blocks of payload that the updates `from..=end` describe, up to the first damage in each segment.
+    fn readable_blocks(&self, chain: &[ChainSegment], from: Seq, end: Seq) -> Result<u64, StoreError> {
+        let mut blocks = 0u64;
+        for (i, part) in chain.iter().enumerate() {
+            let last = chain.get(i + 1).map_or(end, |n| n.start_seq.min(end));
+            let first = from.max(part.start_seq.next());
+            let counted = walk(&self.shared, std::slice::from_ref(part), first, last, |_, record, _| {
+                blocks += record.crcs.len() as u64;
+                Ok(true)
+            });
+            match counted {
+                Err(e) if e.is_damage() => {
+                    tracing::error!(image = %self.id, error = %e, "a tail that is kept as a fork cannot be read whole");
+                }
+                counted => counted?,
+            }
+        }
+        Ok(blocks)
     }
 
     /// Goes back to the content and state after `to`. Durable on return. The tail is kept as a fork
@@ -99,7 +116,7 @@ impl ImageStore {
             return Err(StoreError::NotInHistory(to));
         }
         let unreadable = |e: StoreError| match e {
-            StoreError::Corrupt { .. } | StoreError::BadPayload { .. } | StoreError::BadMapPage { .. } => {
+            e if e.is_damage() => {
                 tracing::error!(image = %self.id, error = %e, "cannot be rolled back to update {}", to.seq);
                 StoreError::CannotRollBack { to: to.seq }
             }
@@ -132,6 +149,12 @@ impl ImageStore {
         let victims: Vec<usize> = (0..2).filter(|i| above(&ck.slots[*i])).collect();
         let commit = Commit { moment: &moment, base: &base, forks: &forks, victims, segments: &segments };
         let done = self.commit(&mut ck, &mut free, &commit)?;
+        if let Some(fork) = &fork
+            && let Err(e) = self.list_in_both(&mut ck, &mut free, fork)
+        {
+            // The cut has taken effect, and the newer checkpoint lists it.
+            tracing::warn!(image = %self.id, error = %e, "only one checkpoint lists the fork {}", fork.info.name);
+        }
         tail.log_start = log_start;
         *self.forks.lock() = forks;
         let state = Arc::clone(&moment.state);
@@ -148,6 +171,32 @@ impl ImageStore {
         self.let_go(&mut ck, &done);
         self.recycle(&mut ck)?;
         Ok(fork.map(|f| f.info))
+    }
+
+    /// Has the checkpoint that a cut did not replace list the fork as well. The next checkpoint may take the place of
+    /// the newer one: when the power fails then, the older one is what there is.
+    fn list_in_both(
+        &self,
+        ck: &mut Checkpoints,
+        free: &mut FreePages,
+        fork: &Fork,
+    ) -> Result<(), StoreError> {
+        let file = self.shared.files.map(self.id)?;
+        for (i, slot) in ck.slots.iter_mut().enumerate() {
+            let Some(slot) = slot else { continue };
+            let Some(found) = read_slot(self.shared.store, self.id, &*file, i)? else { continue };
+            let mut body = found.body;
+            if body.forks.iter().any(|f| f.info.name == fork.info.name) {
+                continue;
+            }
+            body.forks.push(fork.row());
+            let at = write_body(&self.shared, self.id, &*file, free, &body)?;
+            self.sync_map(&*file)?;
+            self.or_latch(write_super(self.shared.store, self.id, &*file, i, found.number, &at))?;
+            slot.pages = at.pages;
+            self.sync_map(&*file)?;
+        }
+        Ok(())
     }
 
     /// Syncs everything and keeps others from appending and syncing.

@@ -297,12 +297,16 @@ impl ImageStore {
         }
         let mut parent = Digest::default();
         let mut epoch = tail.head().epoch;
-        crate::log::walk(&self.shared, &tail.chain, tail.log_start, tail.log_start, |_, _, u| {
+        let named = crate::log::walk(&self.shared, &tail.chain, tail.log_start, tail.log_start, |_, _, u| {
             // Not the start of an epoch, else the state would know the head before it.
             (parent, epoch) = (u.header.parent, u.header.epoch);
             Ok(false)
-        })?;
-        Ok(Head { epoch, seq: before, digest: parent })
+        });
+        match named {
+            // A copy that is replaced because it is damaged.
+            Err(e) if e.is_damage() => Ok(Head { seq: before, ..Head::default() }),
+            named => named.map(|()| Head { epoch, seq: before, digest: parent }),
+        }
     }
 }
 

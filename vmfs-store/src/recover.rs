@@ -80,8 +80,13 @@ impl Loaded {
     /// Numbers and generations of the segments that the newest checkpoint lists. After a fall-back, those that
     /// it lists for their log alone may have been used again since, also by another image.
     pub(crate) fn listed(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
-        let b = &self.newest().body;
-        b.segments.iter().chain(b.forks.iter().flat_map(|f| &f.chain)).map(|r| (r.no, r.generation))
+        let forks = self.newest().body.forks.iter().flat_map(|f| &f.chain).map(|r| (r.no, r.generation));
+        self.own().chain(forks)
+    }
+    /// The same, without those of forks alone: a fork that was cut off after the checkpoint shares its first one with
+    /// the log that goes on from there.
+    pub(crate) fn own(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
+        self.newest().body.segments.iter().map(|r| (r.no, r.generation))
     }
 }
 
@@ -125,10 +130,11 @@ pub(crate) fn recover(
     let fallback = loaded.is_fallback();
     let segments = segments_of(shared, body, fallback)?;
     let chain = chain_of(body, &segments);
+    let own: BTreeSet<(u32, u64)> = loaded.own().collect();
     let mut later: BTreeMap<u64, Candidate> = BTreeMap::new();
     let mut unused = Vec::new();
     for c in candidates {
-        if segments.get(&c.no).is_some_and(|s| s.generation == c.header.generation) {
+        if own.contains(&(c.no, c.header.generation)) {
             continue;
         }
         if c.header.kind == Kind::Log && c.header.generation >= body.gen_mark {

@@ -407,7 +407,8 @@ impl Opening {
     fn scan_segments(&mut self, shared: &Shared) -> Result<(), StoreError> {
         let (unsure, sure): (Vec<_>, Vec<_>) = self.loaded.iter().partition(|l| l.is_fallback());
         let in_use: BTreeSet<u32> = sure.into_iter().flat_map(Loaded::listed).map(|(no, _)| no).collect();
-        let perhaps: BTreeSet<(u32, u64)> = unsure.into_iter().flat_map(Loaded::listed).collect();
+        let perhaps: BTreeSet<(u32, u64)> = unsure.iter().copied().flat_map(Loaded::listed).collect();
+        let own: BTreeSet<(u32, u64)> = unsure.into_iter().flat_map(Loaded::own).collect();
         let known: BTreeSet<ImageId> = self.loaded.iter().map(|l| l.image).collect();
         let highest = in_use.iter().copied().chain(perhaps.iter().map(|(no, _)| *no)).max();
         let mut next_no = highest.map_or(0, |n| n + 1);
@@ -425,7 +426,7 @@ impl Opening {
             let header = SegmentHeader::read(no, &*file)?.filter(|h| h.store == shared.store);
             // Still what the checkpoint lists, unless its header says that it has been used again.
             let listed = perhaps.range((no, 0)..=(no, u64::MAX)).next().is_some();
-            if listed && header.as_ref().is_none_or(|h| perhaps.contains(&(no, h.generation))) {
+            if listed && header.as_ref().is_none_or(|h| own.contains(&(no, h.generation))) {
                 continue;
             }
             match header {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use common::{IMAGE, Model, Rig, block, open, small};
 use vmfs_common::hash::block_digest;
-use vmfs_common::{BlockCount, BlockIndex, Seq};
+use vmfs_common::{BlockCount, BlockIndex, Head, Seq};
 use vmfs_store::simdisk::SimDisk;
 use vmfs_store::{BadPayload, ImageStore, Store, StoreConfig, StoreError};
 
@@ -333,6 +333,36 @@ fn a_lineage_that_was_rolled_back_does_not_return_when_a_superblock_is_lost() {
     assert_eq!(heads_with_a_superblock_lost(&rig.disk.power_cut(1)), [to, to]);
 }
 
+/// Found by the simulator (seed 300953): the checkpoint that listed the fork was the one whose place the next one took
+/// when the power failed.
+#[test]
+fn a_fork_is_not_lost_with_a_superblock() {
+    let mut rig = Rig::new();
+    for i in 0..5 {
+        rig.write(i, &[i + 1]);
+    }
+    rig.image.checkpoint().unwrap();
+    rig.write(0, &[1, 2, 3]);
+    let to = rig.model.head();
+    for i in 0..20 {
+        rig.write(i, &[i + 10]);
+    }
+    rig.image.sync().unwrap();
+    let fork = rig.image.roll_back(to, true).unwrap().expect("there was a tail");
+    assert_eq!(heads_with_a_superblock_lost(&rig.disk), [to, to]);
+    for disk in [rig.disk.kill(), rig.disk.power_cut(1)] {
+        for slot in 0..2u64 {
+            let disk = disk.kill();
+            assert!(disk.flip_bit(&format!("map/{IMAGE}"), slot * 4096 + 50, 1));
+            let store = open(&disk, small()).unwrap();
+            let image = store.image(IMAGE).unwrap();
+            assert_eq!((image.head(), image.forks()), (to, vec![fork.clone()]), "without superblock {slot}");
+            let entries = image.read_fork(&fork.name, Seq(1), 1 << 20).unwrap();
+            assert_eq!(entries.last().unwrap().update.head(), fork.head);
+        }
+    }
+}
+
 /// A power cut tears the superblock that was being written. The other checkpoint is older than the one whose place
 /// that was to take: what it lists for the log alone may be a later part of the log by now.
 /// Found by the simulator (seed 50864).
@@ -375,7 +405,8 @@ fn a_log_that_was_replaced_does_not_return_when_a_superblock_is_lost() {
     assert_eq!(heads_with_a_superblock_lost(&rig.disk.power_cut(1)), [to, to]);
 }
 
-/// It says that the content is to be copied anew, which then goes on from there. Found by the simulator (seed 52763).
+/// It says that the content is to be copied anew, which then goes on from there, and what is replaced stays as a fork,
+/// damaged as it is. Found by the simulator (seeds 52763, 211317).
 #[test]
 fn a_copy_whose_log_is_damaged_cannot_be_rolled_back_and_is_replaced() {
     let mut rig = Rig::new();
@@ -392,6 +423,9 @@ fn a_copy_whose_log_is_damaged_cannot_be_rolled_back_and_is_replaced() {
     let mut state = (*rig.image.state()).clone();
     let base = rig.maker.next_epoch(9, &state.tip);
     state.apply(&base);
-    import.finish(&base, state, false).unwrap();
+    let (head, updates) = (rig.image.head(), rig.image.head().seq.0);
+    let fork = import.finish(&base, state, true).unwrap().expect("the old log is a fork");
     assert_eq!(rig.image.head(), base.head());
+    assert_eq!((fork.head, fork.updates, fork.ancestor), (head, updates, Head::default()));
+    assert!(rig.image.read_fork(&fork.name, Seq(1), 1 << 20).is_err(), "it says that it is damaged");
 }
