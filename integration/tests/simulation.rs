@@ -61,10 +61,16 @@ fn random_clusters_keep_the_promises_and_converge_when_healed() {
 /// Seeds that found bugs: a vote that stated a head which was cut for a certified owner while the vote was being
 /// made durable; flushes that outlived the content they were asked for, which copied blocks had replaced; "nothing
 /// is missing" from a member that had been removed without hearing of it; a segment of the log that a superblock older
-/// than the torn one still listed as another's; a lease that a wiped member kept alive.
+/// than the torn one still listed as another's; leases that members kept alive who had been wiped, whose store had
+/// failed, who had promised themselves to a later owner; a damaged copy that could not be replaced, since its log could
+/// not be read to be kept as a fork; a loss statement that left out a voter.
 #[test]
 fn seeds_that_found_bugs_stay_clean() {
-    for seed in [30_120, 32_490, 35_590, 50_864, 71_871] {
+    let seeds = [
+        30_120, 32_490, 35_590, 50_864, 71_871, 200_889, 201_549, 209_282, 211_317, 211_904, 214_394,
+        220_975, 300_953,
+    ];
+    for seed in seeds {
         if let Err(failure) = sim::run(seed, TICKS) {
             panic!("{failure}");
         }
