@@ -81,6 +81,8 @@ pub(crate) struct Checkpoints {
     pub(crate) moves: Moves,
     /// Segments of the image that compaction has emptied, as far as it can.
     pub(crate) emptied: BTreeSet<u32>,
+    /// Checkpoints until the segments that blocks were gathered from are let go of, as far as nothing is left in them.
+    pub(crate) unsettled: u8,
     /// Grows when the map is replaced by another one.
     pub(crate) lineage: u64,
 }
@@ -169,6 +171,7 @@ impl ImageStore {
         drop(moment);
         ck.frozen = None;
         ck.moves = Moves::default();
+        ck.unsettled = ck.unsettled.saturating_sub(1);
         {
             let mut map = self.map.write();
             map.content.base = merged;
@@ -407,10 +410,11 @@ impl ImageStore {
         if self.latch.get().is_some() {
             return Ok(false);
         }
-        let (head, bytes, parts) = {
+        let (head, bytes, parts, log_bytes) = {
             let tail = self.tail.lock();
-            (tail.head().seq.0, tail.bytes_since_checkpoint, tail.chain.len())
+            (tail.head().seq.0, tail.bytes_since_checkpoint, tail.chain.len(), tail.log_bytes)
         };
+        self.note_quiet(log_bytes);
         let rest = match self.seen_seq.swap(head, Ordering::AcqRel) == head {
             true => self.rest_rounds.fetch_add(1, Ordering::AcqRel) + 1,
             false => {

@@ -11,9 +11,11 @@
 //! writes map pages for blocks from all over the image. Segments that one of them has filled or emptied are no
 //! choice for the next, so the numbers of live blocks in the last checkpoint are never too small.
 //!
+//! Jobs of the other kind put the blocks of an image in order: [`crate::gather`].
+//!
 //! A block whose bytes are damaged, or cannot be read, stays where it is, for the scrub to find and repair.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -23,6 +25,7 @@ use vmfs_common::{BLOCK_BYTES, BLOCK_BYTES_U64, Digest, Seq};
 
 use crate::checkpointing::Checkpoints;
 use crate::error::{IoContext as _, StoreError};
+use crate::gather::{Gather, Windows};
 use crate::image::{ImageStore, Space};
 use crate::map::Entry;
 use crate::page::BODY;
@@ -39,11 +42,13 @@ use crate::writer::{RECORD_BLOCKS_MAX, RECORD_FIXED, SegmentWriter};
 /// Bytes that one block takes in a record: checksum, index, digest.
 const RECORD_BYTES_PER_BLOCK: usize = 4 + 8 + Digest::LEN;
 /// Blocks looked at, and moved as far as they are alive, at a time: a piece.
-const LOOK_BLOCKS: usize = 64;
+pub(crate) const LOOK_BLOCKS: usize = 64;
 const _: () =
     assert!(LOOK_BLOCKS <= RECORD_BLOCKS_MAX && LOOK_BLOCKS as u64 * BLOCK_BYTES_U64 <= PIECE_BYTES);
 /// Looking at them counts as so many bytes even when none is alive.
-const LOOK_BYTES: u64 = 32 << 10;
+pub(crate) const LOOK_BYTES: u64 = 32 << 10;
+/// The one that has the new places, and one more in place of that with the old ones.
+const CHECKPOINTS_TO_LET_GO: u8 = 2;
 /// Map entries changed while readers wait.
 const CHANGES_MAX: usize = 256;
 
@@ -75,17 +80,18 @@ impl SpaceUse {
 pub(crate) struct Compaction {
     pub(crate) job: Option<Job>,
     /// There was nothing to begin when that was last tried.
-    idle: bool,
+    pub(crate) idle: bool,
     /// Number of the checkpoint after which there was nothing to gain.
     seen: u64,
+    pub(crate) gather: Gather,
 }
 
-/// A payload block of a segment that is being emptied.
-struct Held {
-    block: u64,
-    entry: Entry,
-    crc: u32,
-    digest: Digest,
+/// A payload block that may be moved.
+pub(crate) struct Held {
+    pub(crate) block: u64,
+    pub(crate) entry: Entry,
+    pub(crate) crc: u32,
+    pub(crate) digest: Digest,
 }
 
 /// A block copied from one place to another.
@@ -95,11 +101,13 @@ struct Moved {
     to: Entry,
 }
 
-/// Segments being emptied into another.
+/// Segments being emptied into another, or parts of the image being gathered there.
 pub(crate) struct Job {
     /// Still to be read. While they are held, their numbers are not used again.
     ahead: VecDeque<Arc<Segment>>,
-    /// Payload blocks of the segment being read, from the next one on.
+    /// Still to be gathered.
+    windows: Option<Windows>,
+    /// Payload blocks of the segment or window being read, from the next one on.
     held: VecDeque<Held>,
     read: Vec<Arc<Segment>>,
     writer: SegmentWriter,
@@ -112,12 +120,30 @@ impl Job {
     fn new(plan: Plan, writer: SegmentWriter, lineage: u64) -> Self {
         Self {
             ahead: plan.victims.into(),
+            windows: None,
             held: VecDeque::new(),
             read: Vec::new(),
             writer,
             records: 0,
             moved: Vec::new(),
             lineage,
+        }
+    }
+    /// Of blocks that are scattered.
+    pub(crate) fn gathering(windows: Windows, writer: SegmentWriter, lineage: u64) -> Self {
+        let plan = Plan { victims: Vec::new(), pages: 0 };
+        Self { windows: Some(windows), ..Self::new(plan, writer, lineage) }
+    }
+    fn is_done(&self) -> bool {
+        let gathered = self.windows.as_ref().is_none_or(|w| w.ahead.is_empty());
+        self.ahead.is_empty() && self.held.is_empty() && gathered
+    }
+    /// There is no room for the rest, which stays where it is.
+    fn cut_short(&mut self) {
+        self.held.clear();
+        self.ahead.clear();
+        if let Some(windows) = &mut self.windows {
+            windows.ahead.clear();
         }
     }
     /// Makes what was copied so far durable: what is left for the end is little.
@@ -164,14 +190,14 @@ impl Ahead {
     }
 }
 
-/// Which segments to empty, and what for.
+/// Which segments to empty, and how much that is.
 struct Plan {
     victims: Vec<Arc<Segment>>,
     pages: u32,
 }
 
 /// Pages that `blocks` blocks in so many records take at most, besides what any segment has.
-fn pages_to_move(blocks: usize, records: usize) -> u32 {
+pub(crate) fn pages_to_move(blocks: usize, records: usize) -> u32 {
     let bytes = blocks * RECORD_BYTES_PER_BLOCK + records * RECORD_FIXED;
     // What the writer wants to be free for the last record.
     let last = RECORD_FIXED + RECORD_BLOCKS_MAX * RECORD_BYTES_PER_BLOCK;
@@ -197,10 +223,7 @@ impl ImageStore {
     /// # Errors
     /// The disk's. The map and the segments are as before.
     pub(crate) fn compact(&self, budget_bytes: u64) -> Result<u64, StoreError> {
-        if self.kind == MemberRole::Witness
-            || self.importing.load(Ordering::Acquire)
-            || self.latch.get().is_some()
-        {
+        if !self.may_move() {
             return Ok(0);
         }
         let mut state = self.compaction.lock();
@@ -209,9 +232,28 @@ impl ImageStore {
             None => self.begin_job(&mut state)?,
         };
         state.idle = job.is_none();
-        let Some(mut job) = job else { return Ok(0) };
+        match job {
+            Some(job) => self.run_job(&mut state, job, budget_bytes),
+            None => Ok(0),
+        }
+    }
+
+    /// There are blocks, and nothing else replaces the map.
+    pub(crate) fn may_move(&self) -> bool {
+        self.kind != MemberRole::Witness
+            && !self.importing.load(Ordering::Acquire)
+            && self.latch.get().is_none()
+    }
+
+    /// Goes on with a job until the budget is used, and ends it when nothing is left. Returns how much was used.
+    pub(crate) fn run_job(
+        &self,
+        state: &mut Compaction,
+        mut job: Job,
+        budget_bytes: u64,
+    ) -> Result<u64, StoreError> {
         match self.copy_some(&mut job, budget_bytes) {
-            Ok(n) if !job.ahead.is_empty() || !job.held.is_empty() => {
+            Ok(n) if !job.is_done() => {
                 state.job = Some(job);
                 Ok(n)
             }
@@ -233,12 +275,12 @@ impl ImageStore {
             state.seen = ck.number();
             return Ok(None);
         };
-        match self.begin_target(&plan, Space::Data) {
+        match self.begin_target(plan.pages, Space::Data) {
             Ok(writer) => Ok(Some(Job::new(plan, writer, ck.lineage))),
             // On a full disk it goes on with half of the reserve, while nothing waits to be given back.
             Err(StoreError::Full) if !ck.holds_emptied() && !ck.moves.any() => {
                 let Some(plan) = self.choose(&ck, self.shared.cfg.reserve_bytes / 2) else { return Ok(None) };
-                match self.begin_target(&plan, Space::Control) {
+                match self.begin_target(plan.pages, Space::Control) {
                     Ok(writer) => Ok(Some(Job::new(plan, writer, ck.lineage))),
                     Err(StoreError::Full) => Ok(None),
                     Err(e) => Err(e),
@@ -249,14 +291,14 @@ impl ImageStore {
         }
     }
 
-    /// Begins the segment that a plan's blocks go to, with room for all of them.
-    fn begin_target(&self, plan: &Plan, space: Space) -> Result<SegmentWriter, StoreError> {
+    /// Begins a segment that moved blocks go to, with room for so many pages of them.
+    pub(crate) fn begin_target(&self, pages: u32, space: Space) -> Result<SegmentWriter, StoreError> {
         let shared = &self.shared;
-        let mut spare = shared.pool.take_unprepared(shared, plan.pages, space)?;
+        let mut spare = shared.pool.take_unprepared(shared, pages, space)?;
         // The blocks moved are older than all that is appended from here on.
         let before = self.tail.lock().chain.last().map_or(0, |c| c.seg.generation);
         let (no, class, prepared, file) = (spare.no, spare.class, spare.prepared, Arc::clone(&spare.file));
-        let end = spare.virtual_end() + plan.pages;
+        let end = spare.virtual_end() + pages;
         let begun = Pool::ensure_allocated(shared, &*file, class, &mut spare.alloc_pages, end, space)
             .and_then(|()| shadow::begin(shared, self.id, spare, Origin::Moved { before }));
         if begun.is_err() {
@@ -268,7 +310,7 @@ impl ImageStore {
 
     /// True when emptied segments can be given back after two more checkpoints, because the newest one can no
     /// longer be rolled back, and there are not many of them yet.
-    fn may_compact(&self, ck: &Checkpoints) -> bool {
+    pub(crate) fn may_compact(&self, ck: &Checkpoints) -> bool {
         let commit = Seq(self.commit.load(Ordering::Acquire));
         !self.is_checkpoint_full(ck) && ck.frozen.is_none() && ck.newest().is_some_and(|s| s.seq() <= commit)
     }
@@ -281,8 +323,7 @@ impl ImageStore {
     /// The sparsest segments that nothing but their live blocks keeps, as many as one of at most `bytes_max`
     /// takes the live blocks of; `None` when half of such segments is alive, or nothing would be gained.
     fn choose(&self, ck: &Checkpoints, bytes_max: u64) -> Option<Plan> {
-        let mut busy: BTreeSet<u32> = self.tail.lock().chain.iter().map(|c| c.seg.no).collect();
-        busy.extend(self.forks.lock().iter().flat_map(|f| f.chain.iter().map(|c| c.seg.no)));
+        let busy = self.busy_segments();
         let (segments, base) = {
             let map = self.map.read();
             (Arc::clone(&map.content.segments), Arc::clone(&map.content.base))
@@ -325,9 +366,16 @@ impl ImageStore {
         let (mut spent, mut unsynced) = (0, 0);
         while spent < budget_bytes {
             if job.held.is_empty() {
-                let Some(seg) = job.ahead.pop_front() else { break };
-                job.held = self.blocks_in(&seg);
-                job.read.push(seg);
+                if let Some(seg) = job.ahead.pop_front() {
+                    job.held = self.blocks_in(&seg);
+                    job.read.push(seg);
+                } else if let Some(windows) = job.windows.as_mut().filter(|w| !w.ahead.is_empty()) {
+                    job.held = self.blocks_of_window(windows)?;
+                    spent += LOOK_BYTES;
+                    self.shared.way.rest();
+                } else {
+                    break;
+                }
                 continue;
             }
             let batch: Vec<Held> = job.held.drain(..job.held.len().min(LOOK_BLOCKS)).collect();
@@ -389,7 +437,8 @@ impl ImageStore {
                 self.shared.rot.found(Some(self.id), &format!("block {}", held.block));
             }
         }
-        if good.is_empty() {
+        // A window with a damaged block in it would seem scattered again.
+        if good.is_empty() || (job.windows.is_some() && good.len() < alive.len()) {
             return Ok(0);
         }
         // In the order of the image, as a reader will want them.
@@ -398,8 +447,7 @@ impl ImageStore {
         let record = BlocksRecord::new(good.iter().map(|(h, _)| (h.block, h.digest)), &payload);
         if !job.writer.fits(record.pages()?) {
             // More is alive than the checkpoint said: a roll-back came between, and the job is void.
-            job.held.clear();
-            job.ahead.clear();
+            job.cut_short();
             return Ok(0);
         }
         job.records += 1;
@@ -444,7 +492,7 @@ impl ImageStore {
 
     /// Makes the copies complete and durable, and the map refer to them.
     fn end_job(&self, job: Job) -> Result<(), StoreError> {
-        let Job { read, writer, mut moved, lineage, .. } = job;
+        let Job { read, windows, writer, mut moved, lineage, .. } = job;
         let target = Arc::clone(&writer.seg);
         let closed = shadow::close(&self.shared, writer);
         let mut ck = self.checkpoints.lock();
@@ -471,6 +519,10 @@ impl ImageStore {
                 ck.moves.filled_bytes += target.class.bytes();
                 ck.moves.moved_bytes += n * BLOCK_BYTES_U64;
                 ck.moves.emptied_bytes += read.iter().map(|s| s.class.bytes()).sum::<u64>();
+                if windows.is_some() {
+                    ck.moves.emptied_bytes += target.class.bytes();
+                    ck.unsettled = CHECKPOINTS_TO_LET_GO;
+                }
                 Ok(())
             }
             Ok(_) => {
@@ -533,7 +585,8 @@ impl ImageStore {
     /// of segments that only the older one of the two checkpoints keeps.
     pub(crate) fn compaction_waits(&self, ck: &Checkpoints) -> bool {
         let commit = Seq(self.commit.load(Ordering::Acquire));
-        let frees = ck.holds_emptied() && ck.newest().is_some_and(|s| s.seq() <= commit);
+        let frees =
+            (ck.holds_emptied() || ck.unsettled > 0) && ck.newest().is_some_and(|s| s.seq() <= commit);
         // While there is more to compact, its checkpoint will do.
         self.is_checkpoint_full(ck)
             || ((ck.moves.any() || frees) && self.compaction.try_lock().is_some_and(|c| c.idle))

@@ -9,6 +9,8 @@ pub struct StoreConfig {
     pub map_cache_bytes: u64,
     /// A checkpoint is due after this many bytes of log (64 MiB): bounds recovery time.
     pub checkpoint_log_bytes: u64,
+    /// Background rounds with few appends after which scattered blocks are put in order (100: ten seconds).
+    pub gather_after_rounds: u32,
     /// Prewritten segments kept ready per size class in use (2).
     pub pool_segments: usize,
     /// Space kept back for control updates, checkpoints, promises and deletion (16 MiB).
@@ -27,6 +29,7 @@ impl Default for StoreConfig {
             segment_bytes_max: 64 << 20,
             map_cache_bytes: 64 << 20,
             checkpoint_log_bytes: 64 << 20,
+            gather_after_rounds: 100,
             pool_segments: 2,
             reserve_bytes: 16 << 20,
             retain_log_bytes_max: 1 << 30,

@@ -92,6 +92,9 @@ pub struct ImageStore {
     /// Head seq at the last background round, and rounds since it changed.
     pub(crate) seen_seq: AtomicU64,
     pub(crate) rest_rounds: AtomicU32,
+    /// Bytes of log some background rounds ago, and how many rounds: since then little was appended.
+    pub(crate) quiet_from: AtomicU64,
+    pub(crate) quiet_rounds: AtomicU32,
     /// One of the two checkpoints is damaged or was never made.
     pub(crate) checkpoint_missing: AtomicBool,
 }
@@ -134,6 +137,8 @@ impl ImageStore {
             compacted_bytes: AtomicU64::new(0),
             seen_seq: AtomicU64::new(0),
             rest_rounds: AtomicU32::new(0),
+            quiet_from: AtomicU64::new(0),
+            quiet_rounds: AtomicU32::new(0),
             checkpoint_missing: AtomicBool::new(false),
         }
     }

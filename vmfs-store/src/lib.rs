@@ -16,6 +16,7 @@ mod files;
 mod fork;
 #[doc(hidden)]
 pub mod fuzzing;
+mod gather;
 mod identity;
 mod image;
 mod import;

@@ -163,6 +163,7 @@ struct Inner {
     next_id: u64,
     calls: u64,
     syncs: u64,
+    reads: u64,
     capacity_pages: u64,
     faults: Faults,
 }
@@ -297,6 +298,11 @@ impl SimDisk {
     pub fn calls(&self) -> u64 {
         self.0.lock().calls
     }
+    /// Reads so far.
+    #[must_use]
+    pub fn reads(&self) -> u64 {
+        self.0.lock().reads
+    }
     /// Syncs so far.
     #[must_use]
     pub fn syncs(&self) -> u64 {
@@ -427,6 +433,7 @@ impl DiskFile for SimHandle {
         if inner.faults.stop_at.is_some_and(|s| inner.calls > s) {
             return Err(eio("read"));
         }
+        inner.reads += 1;
         let file = inner.file(self.id)?;
         let mut done = 0;
         while done < buf.len() {

@@ -305,7 +305,8 @@ impl Store {
     }
 
     /// Copies what is left of sparse segments together, about `budget_bytes` of it, so that they can be given
-    /// back: [`Store::background`] does that, with the next checkpoints. To be called from the same thread as
+    /// back: [`Store::background`] does that, with the next checkpoints. When there is nothing of that kind to do, blocks
+    /// of images at rest that are scattered are copied together, so that reading them in order is fast again. To be called from the same thread as
     /// it. Returns how much of the budget was used; 0 when there is nothing to do now.
     ///
     /// # Errors
@@ -316,16 +317,22 @@ impl Store {
         let turn = self.turns.fetch_add(1, Ordering::AcqRel) % images.len().max(1);
         images.rotate_left(turn);
         let (mut used, mut first_error) = (0, None);
-        for image in images {
-            if used >= budget_bytes {
-                break;
-            }
-            match image.compact(budget_bytes - used) {
-                Ok(n) => used += n,
-                Err(e) => {
-                    tracing::warn!(image = %image.id(), error = %e, "compaction failed");
-                    first_error.get_or_insert(e);
+        for work in [ImageStore::compact, ImageStore::gather] {
+            for image in &images {
+                if used >= budget_bytes {
+                    break;
                 }
+                match work(image, budget_bytes - used) {
+                    Ok(n) => used += n,
+                    Err(e) => {
+                        tracing::warn!(image = %image.id(), error = %e, "compaction failed");
+                        first_error.get_or_insert(e);
+                    }
+                }
+            }
+            // Space goes before speed.
+            if used > 0 || first_error.is_some() {
+                break;
             }
         }
         first_error.map_or(Ok(used), Err)

@@ -201,19 +201,28 @@ impl<'a> DigestReader<'a> {
     }
     /// The digest of the block that `entry` names; `None` when its record is damaged.
     pub(crate) fn digest(&mut self, segments: &Segments, entry: Entry) -> Result<Option<Digest>, StoreError> {
+        Ok(self.described(segments, entry)?.map(|(_, digest)| digest))
+    }
+    /// Its checksum and its digest.
+    pub(crate) fn described(
+        &mut self,
+        segments: &Segments,
+        entry: Entry,
+    ) -> Result<Option<(u32, Digest)>, StoreError> {
+        let of = |r: &Record, at: usize| Some((*r.crcs.get(at)?, r.digest_of(at)?));
         let (no, page) = (entry.segment_no(), entry.page());
         if let Some((last_no, r)) = &self.last
             && *last_no == no
             && page >= r.payload_page
             && ((page - r.payload_page) as usize) < r.crcs.len()
         {
-            return Ok(r.digest_of((page - r.payload_page) as usize));
+            return Ok(of(r, (page - r.payload_page) as usize));
         }
         let Some(seg) = segments.get(&no) else { return Ok(None) };
         let Some((record, at)) = record_of_payload(self.shared, seg, page)? else { return Ok(None) };
-        let digest = record.digest_of(at);
+        let described = of(&record, at);
         self.last = Some((no, record));
-        Ok(digest)
+        Ok(described)
     }
 }
 

@@ -80,8 +80,8 @@ fn space_is_bounded_under_random_overwrites() {
             assert_eq!(space.live_bytes, BLOCKS * 4096);
             println!("at rest: {space:?}");
             assert!(space.segment_bytes < 2 * space.live_bytes + (512 << 10), "{space:?}");
-            // Each block was written eight times, and moved less often than that.
-            assert!((1..8 * space.live_bytes).contains(&space.compacted_bytes), "{space:?}");
+            // Each block was written eight times, and compacted less often than that; at rest it was gathered.
+            assert!((1..9 * space.live_bytes).contains(&space.compacted_bytes), "{space:?}");
         }
         for disk in [rig.disk.kill(), rig.disk.power_cut(3)] {
             rig.reopen(disk);

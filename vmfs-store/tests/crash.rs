@@ -270,7 +270,12 @@ impl Sim {
             self.image.retain_from(self.floor.seq.next());
             self.image.checkpoint()?;
         }
+        // Now and then at rest for so long that scattered blocks are put in order.
+        let calm = self.rng.below(3) == 0;
         for _ in 0..1 + self.rng.below(6) {
+            for _ in 0..if calm { 3 } else { 0 } {
+                self.store.background(0)?;
+            }
             self.store.compact(1 + self.rng.below(256 << 10))?;
             self.compacted = self.compacted.max(self.image.space_use().compacted_bytes);
             if self.rng.below(2) == 0 {

@@ -29,6 +29,7 @@ pub(crate) fn store_config() -> StoreConfig {
         checkpoint_log_bytes: 96 << 10,
         reserve_bytes: 256 << 10,
         retain_log_bytes_max: 384 << 10,
+        gather_after_rounds: 3,
         pool_segments: 1,
         map_cache_bytes: 256 << 10,
         open_files_max: 16,

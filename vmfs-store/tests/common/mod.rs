@@ -31,6 +31,7 @@ pub fn small() -> StoreConfig {
         checkpoint_log_bytes: 96 << 10,
         reserve_bytes: 64 << 10,
         retain_log_bytes_max: 512 << 10,
+        gather_after_rounds: 2,
         pool_segments: 1,
         recovery_threads: 1,
         ..StoreConfig::default()
