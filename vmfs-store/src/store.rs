@@ -305,9 +305,10 @@ impl Store {
     }
 
     /// Copies what is left of sparse segments together, about `budget_bytes` of it, so that they can be given
-    /// back: [`Store::background`] does that, with the next checkpoints. When there is nothing of that kind to do, blocks
-    /// of images at rest that are scattered are copied together, so that reading them in order is fast again. To be called from the same thread as
-    /// it. Returns how much of the budget was used; 0 when there is nothing to do now.
+    /// back: [`Store::background`] does that, with the next checkpoints. When there is nothing of that kind to do,
+    /// blocks of images at rest that are scattered are copied together, so that reading them in order is fast
+    /// again. To be called from the same thread as it. Returns how much of the budget was used; 0 when there is
+    /// nothing to do now.
     ///
     /// # Errors
     /// The disk's. No image is changed by what failed.
