@@ -244,7 +244,8 @@ impl Machine {
         let live = self.following.as_ref().is_none_or(|f| f.start.epoch == update.header.epoch);
         if !fetched {
             self.move_floor(env, update, live, out);
-            self.owner_heard_ns = env.time_ns;
+            let streamed_by = self.following.as_ref().map_or(update.header.epoch, |f| f.start.epoch);
+            self.owner_heard = (streamed_by.host, env.time_ns);
         }
         self.suspect = None;
         self.forked = None;
@@ -375,7 +376,7 @@ impl Machine {
         {
             return;
         }
-        self.owner_heard_ns = env.time_ns;
+        self.owner_heard = (from, env.time_ns);
         if current < self.promised() && !acks_go_on() {
             self.refuse(env, from, None, Refusal::Promised, out);
             return;

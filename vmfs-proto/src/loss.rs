@@ -68,7 +68,10 @@ pub(crate) fn state(m: &Machine, votes: &[Vote]) -> Loss {
     }
     let rules = [Some(m.rule()), m.previous_rule().cloned()];
     if rules.iter().flatten().any(|r| could_acknowledge(r, m.epoch().host, &voted, &took_part)) {
-        return Loss::UnknownAfter { seq: head.seq, time_ns: m.owner_heard_ns };
+        // Whoever made the last update was there then. Another owner's contact says nothing about it.
+        let (host, heard_ns) = m.owner_heard;
+        let time_ns = if host == head.epoch.host { heard_ns } else { time_ns };
+        return Loss::UnknownAfter { seq: head.seq, time_ns };
     }
     Loss::Nothing
 }

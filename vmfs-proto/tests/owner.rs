@@ -245,6 +245,30 @@ fn acks_local_and_all_wait_for_what_they_say() {
     assert_eq!(c.flush_answer(token), Ok(()));
 }
 
+/// Seed 415319 of the simulator.
+#[test]
+fn what_was_heard_of_an_earlier_owner_is_no_contact_with_the_last_one() {
+    let local = ImagePolicy { acks: Acks::Local, ..STALL };
+    let mut c = cluster(&[Replica; 3], local);
+    c.oracle.suspended = true;
+    c.write_and_flush(0);
+    c.isolate(0);
+    assert!(promote(&mut c, 2, false).is_ok());
+    let second = c.write_and_flush(2);
+    c.until("the third has it", 1000, |c| c.holds(1, second));
+    let last_ns = c.now.0 * 1_000_000;
+    c.crash(2);
+    c.run(10_000);
+    // What the first owner has made itself is younger than all that anybody has of the second.
+    c.write_and_flush(0);
+    c.kill(0);
+    c.restart(0);
+    c.heal(0, 1);
+    let Ok(OpOutcome::Promoted { loss, .. }) = promote(&mut c, 0, false) else { panic!("{}", c.describe()) };
+    let Loss::UnknownAfter { time_ns, .. } = loss else { panic!("{loss:?}") };
+    assert!(time_ns <= last_ns, "{time_ns} is after the last contact with the second owner, {last_ns}");
+}
+
 #[test]
 fn no_wait_is_for_ever() {
     let mut c = cluster(&[Replica; 2], STALL);

@@ -119,7 +119,7 @@ impl Machine {
             flushes,
             handover,
             block_sync,
-            owner_heard_ns: _,
+            owner_heard: _,
             last_gates: _,
         } = self;
         (kind, state.head().digest, durable.digest, fingerprint_of(meta)).hash(h);
