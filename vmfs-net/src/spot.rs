@@ -175,59 +175,66 @@ impl Drop for Woken {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::mpsc;
-    use std::thread::ThreadId;
     use std::time::Duration;
 
     use tokio::sync::Notify;
 
     use super::*;
 
-    /// A runtime, and a task that reports on which thread it was run each time it was notified.
-    fn task() -> (tokio::runtime::Runtime, Arc<Notify>, mpsc::Receiver<ThreadId>) {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let notify = Arc::new(Notify::new());
-        let (out, ran) = mpsc::channel();
-        let notified = Arc::clone(&notify);
+    /// A runtime that runs only when it is told to, and a task that counts its runs: one at first, and one each
+    /// time that it is notified.
+    fn task() -> (tokio::runtime::Runtime, Arc<Notify>, Arc<AtomicUsize>) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (notify, runs) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
+        let (notified, ran) = (Arc::clone(&notify), Arc::clone(&runs));
         spawn(runtime.handle(), async move {
             loop {
-                if out.send(std::thread::current().id()).is_err() {
-                    return;
-                }
+                ran.fetch_add(1, Ordering::SeqCst);
+                // Timers need the runtime's context, wherever the task runs.
+                drop(tokio::time::sleep(Duration::ZERO));
                 notified.notified().await;
-                // A timer needs the runtime's context, wherever it runs.
-                tokio::time::sleep(Duration::ZERO).await;
             }
         });
-        assert_ne!(next(&ran), std::thread::current().id());
-        (runtime, notify, ran)
+        drive(&runtime);
+        (runtime, notify, runs)
     }
 
-    fn next(ran: &mpsc::Receiver<ThreadId>) -> ThreadId {
-        ran.recv_timeout(Duration::from_secs(5)).unwrap()
+    fn drive(runtime: &tokio::runtime::Runtime) {
+        runtime.block_on(async {
+            for _ in 0..4 {
+                tokio::task::yield_now().await;
+            }
+        });
     }
 
     #[test]
     fn a_task_runs_where_it_was_woken_if_that_is_asked_for_else_on_the_runtime() {
-        let (runtime, notify, ran) = task();
-        let here = std::thread::current().id();
-        for _ in 0..100 {
+        let (runtime, notify, runs) = task();
+        let runs = || runs.load(Ordering::SeqCst);
+        let mut expected = 1;
+        assert_eq!(runs(), expected);
+        for _ in 0..3 {
             notify.notify_one();
-            assert_ne!(next(&ran), here);
+            assert_eq!(runs(), expected, "the runtime's");
+            drive(&runtime);
+            expected += 1;
+            assert_eq!(runs(), expected);
             let ((), woken) = gather(|| notify.notify_one());
+            assert_eq!(runs(), expected, "nobody's yet");
             woken.run(runtime.handle());
-            // Its sleep may have ended at once, or on the runtime's clock.
-            next(&ran);
+            expected += 1;
+            assert_eq!(runs(), expected);
+            drive(&runtime);
+            assert_eq!(runs(), expected, "once is enough");
             let ((), woken) = gather(|| notify.notify_one());
-            assert!(ran.recv_timeout(Duration::from_millis(1)).is_err(), "nobody runs it yet");
             drop(woken);
-            assert_ne!(next(&ran), here);
+            assert_eq!(runs(), expected);
+            drive(&runtime);
+            expected += 1;
+            assert_eq!(runs(), expected);
         }
         let (((), inner), outer) = gather(|| gather(|| notify.notify_one()));
         assert_eq!((inner.0.len(), outer.0.len()), (0, 1), "the outermost decides");
-        drop(outer);
-        next(&ran);
     }
 
     #[test]
@@ -269,12 +276,10 @@ mod tests {
 
     #[test]
     fn a_task_goes_with_its_runtime_although_its_own_wakers_keep_it() {
-        let (runtime, notify, ran) = task();
-        let strong = Arc::strong_count(&notify);
-        assert_eq!(strong, 2);
+        let (runtime, notify, _) = task();
+        assert_eq!(Arc::strong_count(&notify), 2);
         drop(runtime);
         assert_eq!(Arc::strong_count(&notify), 1, "the future is gone");
-        assert!(ran.recv().is_err());
         let ((), woken) = gather(|| notify.notify_one());
         drop(woken);
     }

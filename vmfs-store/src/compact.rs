@@ -63,14 +63,14 @@ pub struct SpaceUse {
     pub compacted_bytes: u64,
 }
 
-/// Segments of an image may take this much more than twice its data before compaction hurries: its data once
-/// more, up to the first, and the second, which a small image does not compare with.
+/// Segments of an image may take this much more than twice its data before compaction hurries: a quarter of its
+/// data, up to the first, and the second: two checkpoints' log.
 const BLOAT_MAX_BYTES: u64 = 1 << 30;
-const BLOAT_MIN_BYTES: u64 = 256 << 20;
+const BLOAT_MIN_BYTES: u64 = 128 << 20;
 
 impl SpaceUse {
     pub(crate) fn is_bloated(&self) -> bool {
-        let bloat = self.live_bytes.min(BLOAT_MAX_BYTES) + BLOAT_MIN_BYTES;
+        let bloat = (self.live_bytes / 4).min(BLOAT_MAX_BYTES) + BLOAT_MIN_BYTES;
         self.segment_bytes > 2 * self.live_bytes + bloat
     }
 }
