@@ -135,7 +135,14 @@ impl ImageStore {
         // Space for the segment that cuts the log is taken before anything changes.
         let spare = self.shared.pool.take(&self.shared, 1, Class::SMALLEST, Space::Control)?;
         let mut free = self.free_pages(&ck)?;
-        let base = Arc::new(self.merge(&mut free, &base, &overlay)?);
+        // Reads the older map: a page of it may be damaged. Nothing has changed so far.
+        let base = match self.merge(&mut free, &base, &overlay) {
+            Ok(base) => Arc::new(base),
+            Err(e) => {
+                self.put_back(spare)?;
+                return Err(unreadable(e));
+            }
+        };
         ck.register(&base);
         let mut chain = (*tail.chain).clone();
         chain.retain(|c| c.start_seq < to.seq);
