@@ -63,14 +63,13 @@ fn random_clusters_keep_the_promises_and_converge_when_healed() {
 /// is missing" from a member that had been removed without hearing of it; a segment of the log that a superblock older
 /// than the torn one still listed as another's; leases that members kept alive who had been wiped, whose store had
 /// failed, who had promised themselves to a later owner; a damaged copy that could not be replaced, since its log could
-/// not be read to be kept as a fork; a loss statement that left out a voter; one
-/// that took its own last update for a contact with the owner after it; a damaged
-/// page of the older map in a cut.
+/// not be read to be kept as a fork; a loss statement that left out a voter; two that took an update of another owner,
+/// or one that was cut, for the last contact; a damaged page of the older map in a cut.
 #[test]
 fn seeds_that_found_bugs_stay_clean() {
     let seeds = [
         30_120, 32_490, 35_590, 50_864, 71_871, 200_889, 201_549, 209_282, 211_317, 211_904, 214_394,
-        220_975, 223_140, 300_953, 415_319, 521_378,
+        220_975, 223_140, 300_953, 415_319, 521_378, 538_595,
     ];
     for seed in seeds {
         if let Err(failure) = sim::run(seed, TICKS) {

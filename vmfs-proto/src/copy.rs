@@ -245,7 +245,7 @@ impl Machine {
         if !fetched {
             self.move_floor(env, update, live, out);
             let streamed_by = self.following.as_ref().map_or(update.header.epoch, |f| f.start.epoch);
-            self.owner_heard = (streamed_by.host, env.time_ns);
+            self.owner_heard = Some((streamed_by.host, env.time_ns));
         }
         self.suspect = None;
         self.forked = None;
@@ -376,7 +376,7 @@ impl Machine {
         {
             return;
         }
-        self.owner_heard = (from, env.time_ns);
+        self.owner_heard = Some((from, env.time_ns));
         if current < self.promised() && !acks_go_on() {
             self.refuse(env, from, None, Refusal::Promised, out);
             return;

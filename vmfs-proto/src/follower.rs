@@ -147,7 +147,7 @@ impl Machine {
             self.walk.take_if(|w| w.offered().start.epoch <= epoch || w.offered().host == epoch.host);
         }
         self.following = Some(offered);
-        self.owner_heard = (epoch.host, env.time_ns);
+        self.owner_heard = Some((epoch.host, env.time_ns));
         if self.epoch().host == epoch.host || self.bound() > self.epoch() {
             self.ack_due = None;
         }

@@ -28,7 +28,8 @@ pub enum Loss {
     UnknownAfter {
         /// The last update held.
         seq: Seq,
-        /// When the old owner was last heard, nanoseconds since the Unix epoch.
+        /// When the old owner was last heard, nanoseconds since the Unix epoch; after a start without contact, when it
+        /// made the last update held.
         time_ns: u64,
     },
 }
@@ -68,10 +69,9 @@ pub(crate) fn state(m: &Machine, votes: &[Vote]) -> Loss {
     }
     let rules = [Some(m.rule()), m.previous_rule().cloned()];
     if rules.iter().flatten().any(|r| could_acknowledge(r, m.epoch().host, &voted, &took_part)) {
-        // Whoever made the last update was there then. Another owner's contact says nothing about it.
-        let (host, heard_ns) = m.owner_heard;
-        let time_ns = if host == head.epoch.host { heard_ns } else { time_ns };
-        return Loss::UnknownAfter { seq: head.seq, time_ns };
+        // Whoever made the last update was there then. Neither another owner's contact nor what was cut says more.
+        let heard = m.owner_heard.filter(|(host, _)| *host == head.epoch.host);
+        return Loss::UnknownAfter { seq: head.seq, time_ns: heard.map_or(time_ns, |(_, at_ns)| at_ns) };
     }
     Loss::Nothing
 }

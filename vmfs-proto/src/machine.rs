@@ -96,8 +96,8 @@ pub struct Machine {
     pub(crate) flushes: VecDeque<Waiting>,
     pub(crate) handover: Option<HandoverOp>,
     pub(crate) block_sync: BlockSync,
-    /// Which owner was last heard, and when, for loss statements.
-    pub(crate) owner_heard: (HostId, u64),
+    /// Which owner was last heard since the start, and when, for loss statements.
+    pub(crate) owner_heard: Option<(HostId, u64)>,
     pub(crate) last_gates: Option<(Gate, Gate)>,
 }
 
@@ -118,7 +118,7 @@ impl Machine {
             timing,
             image: state.image,
             kind,
-            owner_heard: (state.head().epoch.host, state.tip.time_ns.min(env.time_ns)),
+            owner_heard: None,
             state,
             durable,
             meta_version: 0,

@@ -61,7 +61,9 @@ fn overwrite(rig: &mut Rig, seed: u64, times: u64, mut between: impl FnMut(&Rig)
 #[test]
 fn space_is_bounded_under_random_overwrites() {
     let most = |compact: bool| {
-        let mut rig = Rig::with(SimDisk::new(1 << 30), config());
+        // What gathering moves is another matter.
+        let cfg = StoreConfig { gather_after_rounds: u32::MAX, ..config() };
+        let mut rig = Rig::with(SimDisk::new(1 << 30), cfg);
         let mut most = 0;
         overwrite(&mut rig, 1, 8 * BLOCKS, |rig| {
             rig.store.background(1 << 20).unwrap();
@@ -80,8 +82,8 @@ fn space_is_bounded_under_random_overwrites() {
             assert_eq!(space.live_bytes, BLOCKS * 4096);
             println!("at rest: {space:?}");
             assert!(space.segment_bytes < 2 * space.live_bytes + (512 << 10), "{space:?}");
-            // Each block was written eight times, and compacted less often than that; at rest it was gathered.
-            assert!((1..9 * space.live_bytes).contains(&space.compacted_bytes), "{space:?}");
+            // Each block was written eight times, and moved less often than that.
+            assert!((1..8 * space.live_bytes).contains(&space.compacted_bytes), "{space:?}");
         }
         for disk in [rig.disk.kill(), rig.disk.power_cut(3)] {
             rig.reopen(disk);

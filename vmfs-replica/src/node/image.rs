@@ -324,11 +324,11 @@ impl Image {
         }
     }
 
-    /// Sends what members wait for from this thread, if it is none of the runtime's: waking one of those takes
-    /// longer than sending.
+    /// Sends what members wait for from this thread, if it is none of the runtime's and writes to no other image
+    /// go on: waking one of those takes longer than sending.
     fn send_here(&self, lines: Woken) {
         let node = self.node();
-        if node.is_outside() {
+        if node.is_outside() && node.writers.note(self.id, node.now()) {
             lines.run(node.runtime());
         }
     }
@@ -429,11 +429,7 @@ impl Image {
             self.unlock(core);
             due
         });
-        if node.writers.note(self.id, node.now()) {
-            self.send_here(lines);
-        } else {
-            drop(lines);
-        }
+        self.send_here(lines);
         if due {
             self.sync_log();
         }
