@@ -120,7 +120,7 @@ impl Hub {
 
     async fn offer(&mut self, candidate: Candidate) {
         let shared = Arc::clone(&self.shared);
-        let peer = candidate.peer;
+        let peer = candidate.peer.host;
         if shared.directory.is_removed(peer) {
             candidate.connection.close(Refusal::Removed.code().into(), b"removed from the datastore");
             return;
@@ -137,8 +137,8 @@ impl Hub {
         if !self.may_change(peer) {
             candidate.connection.close(Refusal::Busy.code().into(), b"too many new connections");
             let detail = "too many new connections".to_owned();
-            let e = NetError::Refused { peer: candidate.peer_name.clone(), refusal: Refusal::Busy, detail };
-            shared.note(Some(peer), &candidate.peer_name, &e);
+            let e = NetError::Refused { peer: candidate.peer.name.clone(), refusal: Refusal::Busy, detail };
+            shared.note(Some(peer), &candidate.peer.name, &e);
             return;
         }
         if let Some(old) = shared.session(peer) {
@@ -165,12 +165,21 @@ impl Hub {
 
     async fn adopt(&mut self, candidate: Candidate) {
         let shared = Arc::clone(&self.shared);
-        let Candidate { connection, peer, peer_name, hello, send, recv, share, partial } = candidate;
+        let Candidate {
+            connection,
+            peer: CertInfo { host: peer, name, public_key, .. },
+            hello,
+            send,
+            recv,
+            share,
+            partial,
+        } = candidate;
         self.sessions += 1;
         let session = Arc::new(Session {
             id: self.sessions,
             host: peer,
-            name: peer_name,
+            name,
+            public_key,
             store: hello.store,
             run: hello.run,
             software: hello.software,
@@ -223,7 +232,7 @@ impl Hub {
 /// Hands a greeted connection to the hub: at once where this host decides, after the `Accept` where
 /// the peer does.
 async fn settle(shared: &Shared, mut candidate: Candidate) -> Result<(), NetError> {
-    if !shared.decides_for(candidate.peer) {
+    if !shared.decides_for(candidate.peer.host) {
         candidate.recv.expect(Kind::Accept).await?;
     }
     shared.hub.send(HubMsg::Offer(Box::new(candidate))).await.map_err(|_| NetError::Shutdown)
@@ -315,7 +324,7 @@ async fn dial_address(shared: &Shared, entry: &HostEntry, address: SocketAddr) -
 async fn set_up(shared: &Shared, connection: Connection, dialled: bool) -> Result<(), NetError> {
     let result = async {
         let info = identify(shared, &connection)?;
-        let candidate = session::greet(shared, connection.clone(), dialled, (info.host, info.name)).await?;
+        let candidate = session::greet(shared, connection.clone(), dialled, info).await?;
         settle(shared, candidate).await
     }
     .await;

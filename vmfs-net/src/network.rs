@@ -10,6 +10,7 @@ use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
+use vmfs_common::identity::PublicKey;
 use vmfs_common::{HostId, ImageId, StoreId};
 
 use crate::config::{Handlers, NetConfig, NetEvent};
@@ -257,6 +258,14 @@ impl Network {
     #[must_use]
     pub fn session(&self, host: HostId) -> Option<u64> {
         self.shared.session(host).map(|s| s.id)
+    }
+
+    /// The key of a host that is connected or known. A peer's certificate proves it from the first moment;
+    /// its entry in the directory may still be on its way.
+    #[must_use]
+    pub fn public_key(&self, host: HostId) -> Option<PublicKey> {
+        let connected = self.shared.session(host).map(|s| s.public_key);
+        connected.or_else(|| self.shared.directory.get(host).map(|e| e.public_key))
     }
 
     /// Every other host with the state of its connection.

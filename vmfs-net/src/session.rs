@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf as _, Bytes};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::time::timeout;
+use vmfs_common::identity::PublicKey;
 use vmfs_common::{HostId, ImageId, StoreId};
 
 use crate::config::NetEvent;
@@ -18,6 +19,7 @@ use crate::error::{NetError, Refusal};
 use crate::frame::{self, Kind, PartialBudget, RawReader};
 use crate::hello::Hello;
 use crate::network::Shared;
+use crate::pki::CertInfo;
 use crate::stream::{Fault, FrameReader, SendShare};
 
 /// Requests of one peer that run at a time.
@@ -36,8 +38,7 @@ const HOSTS_COST: u32 = 5;
 /// A connection whose two ends have greeted each other.
 pub(crate) struct Candidate {
     pub(crate) connection: Connection,
-    pub(crate) peer: HostId,
-    pub(crate) peer_name: String,
+    pub(crate) peer: CertInfo,
     pub(crate) hello: Hello,
     pub(crate) send: SendStream,
     pub(crate) recv: RawReader,
@@ -51,6 +52,8 @@ pub(crate) struct Session {
     pub(crate) id: u64,
     pub(crate) host: HostId,
     pub(crate) name: String,
+    /// Its certificate's.
+    pub(crate) public_key: PublicKey,
     pub(crate) store: StoreId,
     pub(crate) run: u64,
     pub(crate) software: String,
@@ -66,10 +69,9 @@ pub(crate) async fn greet(
     shared: &Shared,
     connection: Connection,
     dialled: bool,
-    peer: (HostId, String),
+    peer: CertInfo,
 ) -> Result<Candidate, NetError> {
-    let (peer, peer_name) = peer;
-    let lost = |e| NetError::from_connection(&peer_name, &e);
+    let lost = |e| NetError::from_connection(&peer.name, &e);
     let partial = Arc::new(PartialBudget::default());
     let (mut send, recv): (SendStream, RecvStream) = if dialled {
         connection.open_bi().await.map_err(lost)?
@@ -85,12 +87,12 @@ pub(crate) async fn greet(
         send.write_chunk(frame.clone()).await.map_err(NetError::from_write)?;
     }
     let hello = Hello::decode(recv.expect(Kind::Hello).await?)?;
-    hello.agree(&ours, &peer_name)?;
+    hello.agree(&ours, &peer.name)?;
     if !dialled {
         send.write_chunk(frame).await.map_err(NetError::from_write)?;
     }
     let share = Arc::new(SendShare::new());
-    Ok(Candidate { connection, peer, peer_name, hello, send, recv, share, partial })
+    Ok(Candidate { connection, peer, hello, send, recv, share, partial })
 }
 
 /// Runs a session until its connection ends; says why it did.

@@ -13,13 +13,14 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, RecvStream, SendStream};
 use rustls::RootCertStore;
 use rustls::pki_types::PrivatePkcs8KeyDer;
-use vmfs_common::DatastoreId;
+use vmfs_common::{DatastoreId, HostId};
 use vmfs_net::hello::Hello;
 use vmfs_net::pki::{CaKey, Validity};
 use vmfs_net::{Frame, HostIdentity, NetError, Refusal};
 
 /// A client that speaks TLS as it should, and says what it likes afterwards.
 struct Rogue {
+    host: HostId,
     endpoint: Endpoint,
     connection: Connection,
 }
@@ -31,7 +32,7 @@ impl Rogue {
     async fn dial(
         id: &HostIdentity,
         certificate: Option<Certificate>,
-        to: (SocketAddr, vmfs_common::HostId),
+        to: (SocketAddr, HostId),
         alpn: &str,
     ) -> Result<Self, ConnectionError> {
         let mut roots = RootCertStore::empty();
@@ -52,7 +53,7 @@ impl Rogue {
         let config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()));
         let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
         let connection = endpoint.connect_with(config, to.0, &format!("{}.vmfs", to.1)).unwrap().await?;
-        Ok(Self { endpoint, connection })
+        Ok(Self { host: id.host(), endpoint, connection })
     }
 
     /// As host 1 of `ds`, towards host 0.
@@ -71,10 +72,10 @@ impl Rogue {
         assert_eq!(prefix[4], 0x01);
         let mut rest = vec![0; usize::from(prefix[0])];
         recv.read_exact(&mut rest).await.unwrap();
-        if a.id() > a.net.hosts().iter().find(|h| h.name == "host1").unwrap().host {
+        if a.id() > self.host {
             send.write_all(&frame(0x02, b"")).await.unwrap();
         }
-        a.up().await;
+        assert_eq!(a.up().await.0, self.host);
         (send, recv)
     }
 
@@ -252,6 +253,20 @@ async fn another_host_at_a_known_address_is_not_taken_for_it() {
     let a = ds.start(0).await;
     a.refused("other-datastore", 1).await;
     eventually("told", || last_error(&a).starts_with("host1 at 127.0.0.1:")).await;
+}
+
+/// A host that joined elsewhere is connected before its directory entry has come: what it signs can be judged.
+#[tokio::test]
+async fn the_key_of_a_peer_is_known_before_its_directory_entry_is() {
+    let ds = Datastore::new(2);
+    let id = ds.identity(1);
+    std::fs::remove_file(ds.dir(0).join("hosts").join(format!("{}.json", id.host()))).unwrap();
+    let mut a = ds.start(0).await;
+    assert_eq!(a.net.public_key(id.host()), None);
+    let rogue = Rogue::as_host1(&ds, &a).await;
+    let _streams = rogue.greet(&hello(&ds), &mut a).await;
+    assert!(a.net.directory().get(id.host()).is_none());
+    assert_eq!(a.net.public_key(id.host()), Some(id.key().public()));
 }
 
 #[tokio::test]

@@ -194,7 +194,7 @@ impl NodeInner {
                 (*role, p.image == id && p.ballot.host == from && p.datastore == datastore)
             }
             ImageMsg::Offer { start, certificate, role, .. } => {
-                let key = self.network().directory().get(from).map(|e| e.public_key);
+                let key = self.network().public_key(from);
                 let signed = |u: &Update| match &u.header.op {
                     Op::EpochStart(args) => {
                         let h = &u.header;
