@@ -45,6 +45,9 @@ pub(crate) struct Fetching {
     pub(crate) since: Millis,
 }
 
+/// Rounds of asking after which a voter that cannot show its head is done without: what it holds is worth a wait.
+const UNSHOWN_AFTER: u32 = 2;
+
 impl Machine {
     /// With a quorum of votes: adopt the highest head, or say what is in the way.
     pub(crate) fn try_adopt(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
@@ -69,7 +72,7 @@ impl Machine {
             return;
         }
         c.grace_until = None;
-        let votes: Vec<Vote> = c.votes.values().cloned().collect();
+        let votes: Vec<Vote> = c.shown().map(|(_, v)| v.clone()).collect();
         let adopted = match adopted_head(&votes, &self.state.members) {
             Ok(head) => head,
             Err(heads) => {
@@ -79,7 +82,7 @@ impl Machine {
                 return;
             }
         };
-        if let Some(commit) = votes.iter().map(|v| v.commit).max().filter(|c| *c > adopted.rank()) {
+        if let Some(commit) = c.votes.values().map(|v| v.commit).max().filter(|c| *c > adopted.rank()) {
             c.problem = Some(OpError::BelowCommit { commit });
             return;
         }
@@ -92,7 +95,7 @@ impl Machine {
         let holds = |h: &HostId, v: &Vote| {
             v.head == adopted && self.connected.contains(h) && !c.bad_sources.contains(h)
         };
-        let sources = || c.votes.iter().filter(|(h, v)| holds(h, v)).map(|(h, _)| *h);
+        let sources = || c.shown().filter(|(h, v)| holds(h, v)).map(|(h, _)| *h);
         // A witness has all there is of updates without payload; others are refused, and it is no source.
         let Some(source) = sources().find(data).or_else(|| sources().next()) else {
             c.problem = Some(OpError::DataMissing { have: own.seq, need: adopted.seq });
@@ -152,17 +155,27 @@ impl Machine {
         env: &mut Env<'_>,
         from: HostId,
         upto: Head,
+        log_start: Seq,
         out: &mut Vec<Output>,
     ) {
         if self.walk_failed(env, from, upto, out) {
             return;
         }
         let wanted = self.fetch_source() == Some(from);
-        let RoleState::Candidate(c) = &self.role else { return };
+        // What is committed here is part of the voter's chain, whatever else that is. Where its log is shorter than
+        // that, it may hold what it cannot show.
+        let reaches_back = log_start <= self.meta.commit.1.next();
+        let have = self.state.head().seq;
+        let RoleState::Candidate(c) = &mut self.role else { return };
         let voted = c.votes.get(&from).is_some_and(|v| v.head == upto);
-        if wanted && voted {
-            self.fetch_refused(env, out);
+        if !wanted || !voted {
+            return;
         }
+        if reaches_back && c.asked >= UNSHOWN_AFTER {
+            c.unshown.insert(from);
+            c.problem = Some(OpError::DataMissing { have, need: upto.seq });
+        }
+        self.fetch_refused(env, out);
     }
 
     /// The content of an image is for its members, for who is about to become one, and for the candidate
@@ -315,7 +328,8 @@ impl Machine {
         let mandate = if c.forcing {
             Mandate::Forced(after)
         } else {
-            Mandate::Votes(votes.iter().filter(|v| members.get(v.host).is_some()).cloned().collect())
+            let shown = c.shown().map(|(_, v)| v);
+            Mandate::Votes(shown.filter(|v| members.get(v.host).is_some()).cloned().collect())
         };
         if let Mandate::Votes(votes) = &mandate
             && let Err(why) = verify_votes(&proposal, votes, &head, &members)

@@ -53,6 +53,9 @@ pub(crate) struct Candidate {
     pub(crate) answers: BTreeMap<HostId, Answer>,
     /// Voters whose headers or updates could not be had.
     pub(crate) bad_sources: BTreeSet<HostId>,
+    /// Voters that, asked again and again, cannot show the head they have voted with although their log reaches
+    /// back far enough: the others' votes decide, as if these had not come.
+    pub(crate) unshown: BTreeSet<HostId>,
     /// Why votes alone do not suffice, at the moment.
     pub(crate) problem: Option<OpError>,
     /// Highest ballot or epoch heard of.
@@ -84,6 +87,7 @@ impl Candidate {
             shares: Vec::new(),
             answers: BTreeMap::new(),
             bad_sources: BTreeSet::new(),
+            unshown: BTreeSet::new(),
             problem: None,
             outbid_by: Epoch::default(),
             attempts: 0,
@@ -106,6 +110,15 @@ impl Candidate {
             Stage::Fetching(f) => Some(f.since.plus(8 * timing.retry_ms)),
         };
         [stage, self.give_up_at].into_iter().flatten().min()
+    }
+
+    /// The votes that an election may rest on.
+    pub(crate) fn shown(&self) -> impl Iterator<Item = (&HostId, &Vote)> {
+        self.votes.iter().filter(|(h, _)| !self.unshown.contains(h))
+    }
+
+    fn counts(&self, host: HostId) -> bool {
+        self.votes.contains_key(&host) && !self.unshown.contains(&host)
     }
 
     fn ballot(&self) -> Epoch {
@@ -193,6 +206,7 @@ impl Machine {
         c.shares.clear();
         c.answers.clear();
         c.bad_sources.clear();
+        c.unshown.clear();
         c.quorum_seen = false;
         c.grace_until = None;
         c.asked = 0;
@@ -227,7 +241,7 @@ impl Machine {
         self.try_adopt(env, out);
     }
 
-    /// Proposes to every connected member that has not voted.
+    /// Proposes to every connected member that has not voted, or not with what it can show.
     fn ask(&self, out: &mut Vec<Output>) {
         for host in &self.connected {
             self.ask_one(*host, out);
@@ -238,7 +252,7 @@ impl Machine {
         let RoleState::Candidate(c) = &self.role else { return };
         let Some(proposal) = &c.proposal else { return };
         let asking = !matches!(c.stage, Stage::Backoff { .. } | Stage::Promising) && !c.forcing;
-        let known = self.connected.contains(&host) && host != self.id.host && !c.votes.contains_key(&host);
+        let known = self.connected.contains(&host) && host != self.id.host && !c.counts(host);
         if !asking || !known || self.elector(host).is_none() {
             return;
         }
@@ -279,6 +293,7 @@ impl Machine {
         c.shares.extend(share);
         let consent = c.predecessor == Some(from) && !c.votes.contains_key(&from);
         c.votes.insert(from, vote);
+        c.unshown.remove(&from);
         if !matches!(c.stage, Stage::Vouching(_) | Stage::Fetching(_)) {
             c.stage = Stage::Collecting;
         }
@@ -310,7 +325,7 @@ impl Machine {
             return;
         }
         let RoleState::Candidate(c) = &mut self.role else { return };
-        if c.ballot() != ballot || c.votes.contains_key(&from) {
+        if c.ballot() != ballot || c.counts(from) {
             return;
         }
         c.answers.insert(from, Answer::Refused(why));
@@ -459,9 +474,8 @@ impl Machine {
     /// Enough votes, by the list at the head and by the one before a weakening that may not be committed.
     pub(crate) fn has_quorum(&self) -> bool {
         let RoleState::Candidate(c) = &self.role else { return false };
-        let voted = |list: &MemberList| {
-            list.all().iter().filter(|m| c.votes.contains_key(&m.host)).count() >= list.quorum()
-        };
+        let voted =
+            |list: &MemberList| list.all().iter().filter(|m| c.counts(m.host)).count() >= list.quorum();
         voted(&self.state.members) && self.previous_rule().is_none_or(|r| voted(&r.members))
     }
 

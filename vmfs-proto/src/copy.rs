@@ -52,7 +52,9 @@ impl Machine {
         if *count == 1 {
             out.push(Output::Report(Event::Refused { from, why, seq }));
         }
-        if self.fetch_source() == Some(from) {
+        // Not an offer, say, of the host that is fetched from: its sender has to know of it.
+        let fetched = update.is_some() || matches!(why, Refusal::Unvouched | Refusal::Malformed);
+        if fetched && self.fetch_source() == Some(from) {
             self.fetch_refused(env, out);
             return;
         }

@@ -383,7 +383,9 @@ impl Machine {
                     send(out, from, ImageMsg::FetchFailed { upto, log_start: env.log_start });
                 }
             }
-            ImageMsg::FetchFailed { upto, .. } => self.on_fetch_failed(env, from, upto, out),
+            ImageMsg::FetchFailed { upto, log_start } => {
+                self.on_fetch_failed(env, from, upto, log_start, out)
+            }
             ImageMsg::Offer { head: _, start, log_start: _, certificate, role: _ } => {
                 self.on_offer(env, from, start, &certificate, out);
             }

@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use vmfs_common::chain::Refusal;
-use vmfs_common::election::Proposal;
+use vmfs_common::election::{Proposal, Vote};
 use vmfs_common::header::Update;
+use vmfs_common::identity::Signature;
 use vmfs_common::msg::{ImageMsg, Join, Occasion};
 use vmfs_common::op::Op;
 use vmfs_common::policy::MemberRole::{self, Replica, Witness};
@@ -359,4 +360,77 @@ fn what_a_member_has_voted_that_an_uncommitted_change_leaves_out_counts_for_the_
     let promoted = promote(&mut c, 2);
     assert!(matches!(promoted, Ok(OpOutcome::Promoted { loss: Loss::Nothing, .. })), "{promoted:?}");
     c.write_and_flush(2);
+}
+
+/// Seed 518779 of the simulator: a host that a candidate fetches from is an owner, too, and has to hear that its
+/// epoch is over for the candidate.
+#[test]
+fn an_offer_that_is_refused_while_something_is_fetched_from_its_sender_is_answered() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.cut(0, 1);
+    c.writes(0, 5);
+    c.run(20);
+    c.crash(0);
+    c.run(1000);
+    c.op(1, |token| Input::Promote { force: false, token });
+    let fetches =
+        |c: &Cluster| c.nodes[1].machine.as_ref().unwrap().describe_role().starts_with("candidate Vouching");
+    c.until("asks for headers", 1000, fetches);
+    let epoch = Epoch { number: 1, host: c.nodes[2].id.host };
+    let start = Head { epoch, ..c.nodes[2].head() };
+    let offer = ImageMsg::Offer { head: start, start, log_start: Seq(1), certificate: vec![], role: Replica };
+    c.receive(2, 1, Packet::Msg(Box::new(offer)));
+    let told = |p: &Packet| matches!(p, Packet::Msg(m) if matches!(**m, ImageMsg::Refused { why: Refusal::Promised, .. }));
+    assert!(c.under_way(1, 2).iter().any(told), "{}", c.describe());
+    assert!(fetches(&c), "the fetch goes on: {}", c.describe());
+    c.until("elected", 2000, |c| c.owner() == Some(1));
+}
+
+/// Seed 518779, too: a vote with a head that its voter does not have kept a candidate waiting for ever.
+#[test]
+fn a_vote_whose_head_its_voter_cannot_show_does_not_stop_an_election() {
+    // The other voters suffice; or the liar is needed, and votes honestly when it is asked again.
+    for members in [5, 3] {
+        let mut c = cluster(&vec![Replica; members]);
+        let flushed = c.write_and_flush(0);
+        c.run(2000);
+        c.crash(0);
+        c.run(1000);
+        let token = c.op(1, |token| Input::Promote { force: false, token });
+        let proposed = |c: &Cluster| {
+            c.under_way(1, 2).into_iter().find_map(|p| match p {
+                Packet::Msg(m) => match *m {
+                    ImageMsg::Propose { proposal, .. } => Some(proposal.digest()),
+                    _ => None,
+                },
+                Packet::Update(_) => None,
+            })
+        };
+        c.until("proposes", 1000, |c| proposed(c).is_some());
+        let (id, state) = (c.nodes[2].id.clone(), c.nodes[2].machine.as_ref().unwrap().state().clone());
+        let vote = Vote {
+            proposal: proposed(&c).unwrap(),
+            host: id.host,
+            store: id.store,
+            head: Head {
+                seq: Seq(state.head().seq.0 + 3),
+                digest: Digest::from_bytes([9; 32]),
+                ..state.head()
+            },
+            commit: Default::default(),
+            acked: Default::default(),
+            degraded: false,
+            members_since: state.members_since,
+            signature: Signature([0; 64]),
+        };
+        let vote = vote.signed(&id.key);
+        c.receive(2, 1, Packet::Msg(Box::new(ImageMsg::Voted { vote, share: None })));
+        // The proposal itself does not arrive.
+        c.cut(1, 2);
+        c.heal(1, 2);
+        assert!(c.answer(token).is_ok(), "{}", c.describe());
+        assert!(c.holds(1, flushed));
+        c.write_and_flush(1);
+    }
 }

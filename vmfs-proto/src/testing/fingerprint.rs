@@ -186,6 +186,7 @@ fn of_candidate(c: &Candidate, clock: &Clock, h: &mut impl Hasher) {
         shares,
         answers,
         bad_sources,
+        unshown,
         problem,
         outbid_by,
         // How long until the next bid.
@@ -198,7 +199,7 @@ fn of_candidate(c: &Candidate, clock: &Clock, h: &mut impl Hasher) {
     } = c;
     format!("{occasion:?} {answers:?} {problem:?} {forced_loss:?}").hash(h);
     (token, clock.class_of(*give_up_at), persistent, force, forcing, predecessor, proposal).hash(h);
-    (votes, bad_sources, outbid_by, clock.class(*ask_again_at), (*asked).min(2)).hash(h);
+    (votes, bad_sources, unshown, outbid_by, clock.class(*ask_again_at), (*asked).min(2)).hash(h);
     (quorum_seen, clock.class_of(*grace_until)).hash(h);
     let mut shares: Vec<_> = shares.iter().map(|(epoch, share)| (epoch, share.expose())).collect();
     shares.sort();

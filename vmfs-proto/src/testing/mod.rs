@@ -231,6 +231,13 @@ impl Cluster {
         }
     }
 
+    /// What is on its way from one host to another.
+    #[must_use]
+    pub fn under_way(&self, from: At, to: At) -> Vec<Packet> {
+        let path = &self.paths[&(from.min(to), from.max(to))];
+        path.queues[usize::from(from > to)].iter().map(|(_, p)| p.clone()).collect()
+    }
+
     /// Cuts a host off from all others.
     pub fn isolate(&mut self, at: At) {
         (0..self.nodes.len()).filter(|b| *b != at).for_each(|b| self.cut(at, b));
