@@ -5,6 +5,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use crate::error::{IoContext as _, StoreError};
+use crate::segment::PAGE_U64;
 
 /// A directory tree that holds a store's files. Names are relative, `/`-separated, without `..`.
 pub trait Disk: Send + Sync {
@@ -44,6 +46,10 @@ pub trait DiskFile: Send + Sync {
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
     /// On return, every earlier write to this file is on stable storage (fdatasync).
     fn sync(&self) -> io::Result<()>;
+    /// Has `pages` (of 4096 bytes) read from the disk the next time, not from memory, unless they have been written
+    /// since the last [`DiskFile::sync`]: after a failed sync the memory has what the disk does not. A
+    /// request: pages that another process uses may stay.
+    fn forget(&self, pages: Range<u64>) -> io::Result<()>;
     /// Current length in bytes.
     fn len_bytes(&self) -> io::Result<u64>;
     /// Reserves space for `len` bytes from the file's start and makes it at least that long.
@@ -178,6 +184,12 @@ impl DiskFile for RealFile {
     }
     fn sync(&self) -> io::Result<()> {
         self.0.sync_data()
+    }
+    fn forget(&self, pages: Range<u64>) -> io::Result<()> {
+        let Some(len) = NonZeroU64::new((pages.end - pages.start).saturating_mul(PAGE_U64)) else {
+            return Ok(());
+        };
+        Ok(fadvise(&self.0, pages.start * PAGE_U64, Some(len), Advice::DontNeed)?)
     }
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.0.metadata()?.len())

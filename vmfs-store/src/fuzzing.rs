@@ -39,6 +39,9 @@ impl DiskFile for MemFile {
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
+    fn forget(&self, _: std::ops::Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.0.lock().len() as u64)
     }

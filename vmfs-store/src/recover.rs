@@ -46,6 +46,10 @@ impl Loaded {
     /// [`StoreError::Corrupt`] when neither checkpoint is readable, another version, or the disk's.
     pub(crate) fn read(shared: &Shared, image: ImageId) -> Result<Self, StoreError> {
         let file = shared.files.map(image)?;
+        if !marked(shared, image)? {
+            // One whose sync failed is not on the disk, and what it no longer needs will be used again.
+            file.forget(0..2).during(|| format!("reading the map of image {image}"))?;
+        }
         let slot = |i| read_slot(shared.store, image, &*file, i);
         let slots = [slot(0)?, slot(1)?];
         if slots.iter().all(Option::is_none) {
@@ -143,12 +147,21 @@ pub(crate) fn recover(
             unused.push((c.no, c.header.class));
         }
     }
-    let (tale, path) = choose_path(shared, body, &chain, &later)?;
-    let on_path: BTreeSet<u32> = path.iter().map(|s| s.part.seg.no).collect();
     unused.extend(later.values().map(|c| (c.no, c.header.class)));
-    let torn = tale.torn || later.values().any(|c| !on_path.contains(&c.no));
-    let any = !tale.updates.is_empty() || torn || path.iter().any(|s| s.pos.is_none());
-    sync_path(shared, &path, any)?;
+    let marked = marked(shared, loaded.image)?;
+    let mut settled = BTreeSet::new();
+    let (tale, path, torn) = loop {
+        let (tale, path) = choose_path(shared, body, &chain, &later)?;
+        let on_path: BTreeSet<u32> = path.iter().map(|s| s.part.seg.no).collect();
+        let torn = tale.torn || later.values().any(|c| !on_path.contains(&c.no));
+        let any = !tale.updates.is_empty() || torn || path.iter().any(|s| s.pos.is_none());
+        if !any || on_path.is_subset(&settled) {
+            break (tale, path, torn);
+        }
+        // Again, from what is on the disk now.
+        settle(shared, &path, marked, &mut later)?;
+        settled.extend(on_path);
+    };
     for step in &path {
         // Written by an earlier process, which may not have come to the second copies of its last pages.
         step.part.seg.unpaired.store(true, Ordering::Relaxed);
@@ -161,7 +174,7 @@ pub(crate) fn recover(
     if fallback {
         image.checkpoint_missing.store(true, Ordering::Release);
     }
-    if marked(shared, image.id)? {
+    if marked {
         loaded.rewrite_superblocks(shared)?;
         image.rewrite_tail(newest.body.state.head(), &newest.body)?;
     } else if torn {
@@ -348,14 +361,27 @@ fn first_torn_payload(shared: &Shared, kind: MemberRole, tale: &Tale) -> Result<
     Ok(None)
 }
 
-/// After a plain kill the tail may be in the page cache and nowhere else.
-fn sync_path(shared: &Shared, path: &[Step], any: bool) -> Result<(), StoreError> {
-    if !any {
-        return Ok(());
-    }
+/// After a plain kill the tail may be in the page cache and nowhere else: syncs it. After a failed sync that does not
+/// help, since its pages look clean. Where that has left a mark, all is written again. It may not have been able to leave
+/// one: forgets what looks clean, and segments whose header was lost with it.
+fn settle(
+    shared: &Shared,
+    path: &[Step],
+    marked: bool,
+    later: &mut BTreeMap<u64, Candidate>,
+) -> Result<(), StoreError> {
     for step in path {
-        let no = step.part.seg.no;
-        shared.files.segment(no)?.sync().during(|| format!("syncing {}", file_name(no)))?;
+        let seg = &step.part.seg;
+        let file = shared.files.segment(seg.no)?;
+        file.sync().during(|| format!("syncing {}", file_name(seg.no)))?;
+        if marked {
+            continue;
+        }
+        file.forget(0..u64::from(seg.class.pages())).during(|| format!("reading {}", file_name(seg.no)))?;
+        let header = SegmentHeader::read(seg.no, &*file)?;
+        if header.is_none_or(|h| h.generation != seg.generation) {
+            later.remove(&seg.generation);
+        }
     }
     shared.disk.sync_names("seg").during(|| "syncing the segment directory".into())
 }

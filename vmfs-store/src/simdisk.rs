@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -453,6 +454,15 @@ impl DiskFile for SimHandle {
     }
     fn sync(&self) -> io::Result<()> {
         self.disk.0.lock().sync(self.id)
+    }
+    fn forget(&self, pages: Range<u64>) -> io::Result<()> {
+        let mut inner = self.disk.0.lock();
+        for (_, page) in inner.file(self.id)?.pages.range_mut(pages) {
+            if !page.dirty {
+                page.cached.clear();
+            }
+        }
+        Ok(())
     }
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.disk.0.lock().file(self.id)?.len)

@@ -241,6 +241,44 @@ fn a_failed_sync_stops_the_image_and_recovery_writes_the_tail_again() {
     assert!(rig.disk.files().iter().all(|(n, _)| !n.starts_with("mark/")));
 }
 
+/// Seed 610209 of the simulator: the disk that fails a sync fails what would have told of it, too.
+#[test]
+fn a_failed_sync_that_could_leave_no_mark_is_not_believed_by_the_next_process_either() {
+    let (mut failed, mut shorter) = (0, 0);
+    for n in 0.. {
+        let mut rig = Rig::new();
+        rig.write(1, &[1, 2]);
+        let synced = rig.image.sync().unwrap();
+        for i in 0..4 {
+            rig.write(2 + i, &[5, 6]);
+        }
+        let calls = rig.disk.calls();
+        rig.disk.fail_call(Some(calls + n));
+        let done = rig.image.checkpoint();
+        if rig.disk.calls() <= calls + n {
+            break;
+        }
+        failed += usize::from(done.is_err());
+        let disk = rig.disk.kill();
+        disk.fail_call(None);
+        for (mark, _) in disk.files().iter().filter(|(n, _)| n.starts_with("mark/")) {
+            disk.remove(mark).unwrap();
+        }
+        rig.reopen(disk);
+        let head = rig.image.head();
+        assert!(head.seq >= synced.seq, "call {n}");
+        shorter += usize::from(head != rig.model.head());
+        for seed in 0..4 {
+            let store = open(&rig.disk.power_cut(seed), small()).unwrap();
+            let image = store.image(IMAGE).unwrap();
+            assert_eq!(image.head(), head, "call {n}: shown before, and gone");
+            let report = image.verify(&mut |_, _| {}).unwrap();
+            assert!(report.bad_blocks.is_empty() && report.bad_updates.is_empty(), "call {n}: {report:?}");
+        }
+    }
+    assert!(failed > 3 && shorter > 0, "{failed} {shorter}");
+}
+
 #[test]
 fn a_damaged_block_is_found_repaired_and_never_shortens_the_chain() {
     let mut rig = Rig::new();

@@ -66,6 +66,9 @@ impl DiskFile for SlowFile {
         }
         synced
     }
+    fn forget(&self, pages: std::ops::Range<u64>) -> io::Result<()> {
+        self.file.forget(pages)
+    }
     fn len_bytes(&self) -> io::Result<u64> {
         self.file.len_bytes()
     }

@@ -82,6 +82,9 @@ impl DiskFile for WatchedFile {
         self.2.lock().unwrap().unsynced.remove(&self.1);
         self.0.sync()
     }
+    fn forget(&self, pages: std::ops::Range<u64>) -> io::Result<()> {
+        self.0.forget(pages)
+    }
     fn len_bytes(&self) -> io::Result<u64> {
         self.0.len_bytes()
     }

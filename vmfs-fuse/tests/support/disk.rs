@@ -181,6 +181,9 @@ impl DiskFile for MemFile {
         content.durable = content.current.clone();
         Ok(())
     }
+    fn forget(&self, _: std::ops::Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.content.lock().current.len() as u64)
     }
