@@ -241,6 +241,32 @@ fn a_failed_sync_stops_the_image_and_recovery_writes_the_tail_again() {
     assert!(rig.disk.files().iter().all(|(n, _)| !n.starts_with("mark/")));
 }
 
+/// Nobody was told that it is durable, but it is there as long as the machine runs.
+#[test]
+fn what_a_failed_sync_left_in_memory_outlives_a_recovery_that_is_killed_anywhere() {
+    for n in 0.. {
+        let mut rig = Rig::new();
+        rig.write(1, &[1, 2]);
+        rig.image.sync().unwrap();
+        rig.write(2, &[5, 6]);
+        rig.disk.fail_call(Some(rig.disk.calls() + 1));
+        assert!(rig.image.sync().is_err());
+        let disk = rig.disk.kill();
+        let calls = disk.calls();
+        disk.stop_at_call(Some(calls + n));
+        let opened = open(&disk, small());
+        let whole = opened.is_ok() && disk.calls() <= calls + n;
+        drop(opened);
+        rig.reopen(disk.kill());
+        assert_eq!(rig.image.head(), rig.model.head(), "killed at call {n} of the recovery");
+        rig.model.check(&rig.image);
+        if whole {
+            assert!(n > 10, "only {n} calls");
+            return;
+        }
+    }
+}
+
 /// Seed 610209 of the simulator: the disk that fails a sync fails what would have told of it, too.
 #[test]
 fn a_failed_sync_that_could_leave_no_mark_is_not_believed_by_the_next_process_either() {
