@@ -69,7 +69,7 @@ fn random_clusters_keep_the_promises_and_converge_when_healed() {
 fn seeds_that_found_bugs_stay_clean() {
     let seeds = [
         30_120, 32_490, 35_590, 50_864, 71_871, 200_889, 201_549, 209_282, 211_317, 211_904, 214_394,
-        220_975, 223_140, 300_953, 415_319, 518_779, 521_378, 538_595, 610_209,
+        220_975, 223_140, 300_953, 415_319, 518_779, 521_378, 538_595, 610_209, 619_867, 619_998, 634_326,
     ];
     for seed in seeds {
         if let Err(failure) = sim::run(seed, TICKS) {

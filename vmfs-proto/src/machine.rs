@@ -68,6 +68,8 @@ pub struct Machine {
     pub(crate) meta: Meta,
     pub(crate) meta_version: u64,
     pub(crate) meta_persisted: u64,
+    /// The first meta record that has the vote in it.
+    pub(crate) vote_version: u64,
     pub(crate) meta_due: Option<Millis>,
     pub(crate) connected: BTreeSet<HostId>,
     pub(crate) refusals: BTreeMap<Refusal, u64>,
@@ -123,6 +125,7 @@ impl Machine {
             durable,
             meta_version: 0,
             meta_persisted: 0,
+            vote_version: 0,
             meta_due: None,
             connected: BTreeSet::new(),
             refusals: BTreeMap::new(),
@@ -305,6 +308,23 @@ impl Machine {
         let update = self.make_update(env, Some(draft), out);
         self.settle(env, out);
         update
+    }
+
+    /// Appends an operation and a Seal over it. As [`Machine::append`]; both updates are to be stored before anything
+    /// of `out` is carried out, which may be an update of the machine's own.
+    ///
+    /// # Panics
+    /// When this host is not the owner.
+    pub fn append_vouched(
+        &mut self,
+        env: &mut Env<'_>,
+        draft: Draft,
+        out: &mut Vec<Output>,
+    ) -> (Update, Update) {
+        let update = self.make_update(env, Some(draft), out);
+        let seal = self.seal(env, out);
+        self.settle(env, out);
+        (update, seal)
     }
 
     /// Appends a Seal over the present head now, beside those the machine makes by itself: block-level

@@ -53,6 +53,7 @@ impl Machine {
             self.meta.vote.clone().filter(|v| v.proposal == digest && v.head == self.state.head())
             && self.promise.is_none()
             && self.meta.promised == ballot
+            && self.is_persisted(self.vote_version)
         {
             self.send_vote(from, vote, out);
             return;
@@ -218,6 +219,7 @@ impl Machine {
                 self.meta.promised = self.meta.promised.max(ballot);
                 self.meta.vote = Some(self.vote_for(digest));
                 let version = self.persist(out);
+                self.vote_version = version;
                 if let Some(p) = &mut self.promise {
                     p.version = Some(version);
                 }

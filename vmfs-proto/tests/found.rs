@@ -434,3 +434,56 @@ fn a_vote_whose_head_its_voter_cannot_show_does_not_stop_an_election() {
         c.write_and_flush(1);
     }
 }
+
+/// Seed 619998 of the simulator: the epoch that a member is about to vote for is offered to it before its vote is on
+/// the disk, and then it is asked again.
+#[test]
+fn a_vote_that_is_not_on_the_disk_yet_is_not_said_when_it_is_asked_for_again() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.run(1000);
+    c.cut(1, 2);
+    c.run(1000);
+    assert!(promote(&mut c, 1).is_ok());
+    let begun = c.nodes[1].log.last().unwrap().0.clone();
+    let Op::EpochStart(start) = &begun.header.op else { panic!("{begun:?}") };
+    let (proposal, head) = (start.proposal.clone(), c.nodes[2].head());
+    let propose =
+        ImageMsg::Propose { proposal, occasion: Occasion::Operator, head, consent: None, role: Replica };
+    let certificate = begun.bytes.to_vec();
+    let offer = ImageMsg::Offer {
+        head: begun.head(),
+        start: begun.head(),
+        log_start: Seq(1),
+        certificate,
+        role: Replica,
+    };
+    c.heal(1, 2);
+    for msg in [propose.clone(), offer, propose] {
+        c.receive(1, 2, Packet::Msg(Box::new(msg)));
+    }
+    let said = c.under_way(2, 1);
+    let voted = |p: &Packet| matches!(p, Packet::Msg(m) if matches!(**m, ImageMsg::Voted { .. }));
+    assert!(!said.is_empty() && !said.iter().any(voted), "{said:?}");
+    c.run(1000);
+    c.write_and_flush(1);
+    assert_eq!(c.nodes[2].head().epoch, begun.header.epoch);
+}
+
+/// Seed 619867 of the simulator: an owner that degrades makes a Seal of its own, between the two updates that a
+/// block-level sync begins with, and all three had to be stored in another order than they were made in.
+#[test]
+fn an_operation_and_the_seal_that_vouches_for_it_are_made_at_a_stroke() {
+    let degrade = ImagePolicy { acks: Acks::Majority, on_quorum_loss: OnQuorumLoss::Degrade };
+    let mut c = Cluster::new(23, &[Replica; 2], degrade);
+    c.write_and_flush(0);
+    c.run(1000);
+    c.isolate(1);
+    c.run(500);
+    // The clock goes on, and nothing has told the machine.
+    c.now = c.now.plus(2 * c.timing.lease_ms);
+    let (head, degraded) = (c.nodes[0].head(), c.status(0).degraded);
+    c.vouch(0);
+    assert!(!degraded && c.status(0).degraded);
+    assert!(c.nodes[0].head().seq > Seq(head.seq.0 + 2), "a Seal of its own");
+}

@@ -99,6 +99,7 @@ impl Machine {
             meta,
             meta_version,
             meta_persisted,
+            vote_version,
             meta_due,
             connected,
             refusals: _,
@@ -125,6 +126,7 @@ impl Machine {
         (kind, state.head().digest, durable.digest, fingerprint_of(meta)).hash(h);
         // The first record is waited for by itself.
         (meta_version - meta_persisted, *meta_persisted > 0, clock.class_of(*meta_due)).hash(h);
+        vote_version.saturating_sub(*meta_persisted).hash(h);
         (connected, clock.class(*rebid_after) > 0, clock.class_of(*reclaim_at)).hash(h);
         let SyncState { in_flight, again, stale } = sync;
         (in_flight, again, stale, ack_due, muted, suspect, confirmed, forked).hash(h);

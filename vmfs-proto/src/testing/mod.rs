@@ -367,6 +367,14 @@ impl Cluster {
         true
     }
 
+    /// Appends an operation and a Seal over it, as the engine does for a block-level sync.
+    pub fn vouch(&mut self, at: At) {
+        let draft = Draft::op(Op::Resize { size_bytes: 1 << 20 });
+        let made = self.with(at, |m, env, out| m.append_vouched(env, draft, out)).expect("the machine runs");
+        self.nodes[at].store_together(&<[Update; 2]>::from(made));
+        self.pump(at);
+    }
+
     /// Writes `n` times; panics when the gate is shut.
     ///
     /// # Panics

@@ -129,6 +129,12 @@ impl Node {
         }
     }
 
+    /// Appends updates that were made at a stroke, and then what the machine made after them.
+    pub fn store_together(&mut self, updates: &[Update]) {
+        let early = std::mem::take(&mut self.early);
+        updates.iter().chain(&early).for_each(|u| self.store(u));
+    }
+
     /// Appends an update of the machine's own making.
     pub fn store_own(&mut self, update: &Update) {
         if update.header.seq == self.head().seq.next() {

@@ -42,6 +42,9 @@ pub(super) struct Core {
     pub(super) deferred: Vec<Box<dyn FnOnce() + Send>>,
 }
 
+/// A Seal takes less.
+const SEAL_BYTES: usize = FIXED_BYTES + 64 + 8 * MEMBERS_MAX;
+
 /// What a token of the machine stands for.
 pub(crate) enum Pending {
     Flush(FlushDone),
@@ -368,30 +371,21 @@ impl Image {
             }
             let bytes = FIXED_BYTES + args_bytes(&draft.op) + 8 * MEMBERS_MAX;
             let reserved = self.store.reserve(bytes, 0, Space::Control)?;
-            let first = core.machine.append(env, draft, out);
+            let reserved_seal = self.store.reserve(SEAL_BYTES, 0, Space::Control)?;
+            let (first, seal) = core.machine.append_vouched(env, draft, out);
             self.store_own(core, env, out, reserved, &first, Bytes::new())?;
-            let seal = self.append_seal(core, env, out)?;
+            self.store_own(core, env, out, reserved_seal, &seal, Bytes::new())?;
             Ok((first, seal))
         })
-    }
-
-    fn append_seal(
-        &self,
-        core: &mut Core,
-        env: &mut Env<'_>,
-        out: &mut Vec<Output>,
-    ) -> Result<Update, IoError> {
-        let reserved = self.store.reserve(FIXED_BYTES + 64 + 8 * MEMBERS_MAX, 0, Space::Control)?;
-        let seal = core.machine.seal(env, out);
-        self.store_own(core, env, out, reserved, &seal, Bytes::new())?;
-        Ok(seal)
     }
 
     /// Appends a Seal and freezes the content it ends: members asked before freeze theirs there too.
     pub(super) fn seal_and_view(self: &Arc<Self>) -> Result<View, IoError> {
         self.locked(|core, env, out| {
             self.gate(Self::control_gate(core.machine.may_write(env.now)), env.now)?;
-            self.append_seal(core, env, out)?;
+            let reserved = self.store.reserve(SEAL_BYTES, 0, Space::Control)?;
+            let seal = core.machine.seal(env, out);
+            self.store_own(core, env, out, reserved, &seal, Bytes::new())?;
             Ok(self.store.view())
         })
     }
