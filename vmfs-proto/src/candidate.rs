@@ -256,7 +256,12 @@ impl Machine {
         if !asking || !known || self.elector(host).is_none() {
             return;
         }
-        let consent = c.predecessor.and_then(|p| c.votes.get(&p)).cloned();
+        let agrees = match c.answers.get(&host) {
+            // It hears the last owner that it knows of, which has voted for this: shown that, it need not wait for it.
+            Some(Answer::Refused(VoteRefusal::OwnerAlive(epoch))) => Some(epoch.host),
+            _ => c.predecessor,
+        };
+        let consent = agrees.and_then(|h| c.votes.get(&h)).cloned();
         if c.predecessor.is_some_and(|p| p != host) && consent.is_none() {
             return;
         }

@@ -103,7 +103,8 @@ impl Machine {
         if !data && head.rank() <= self.state.head().rank() {
             return Err(VoteRefusal::OtherMembers);
         }
-        if !data && epoch.host != from && self.hears_owner(env, epoch) {
+        let agreed = consent.is_some_and(|v| self.is_consent(v, proposal, epoch.host));
+        if !data && epoch.host != from && self.hears_owner(env, epoch) && !agreed {
             // A newer list, if there is one, comes from the owner. The candidate's word alone, that it has
             // owned a later epoch as well, must not stop an image it may have nothing to do with.
             return Err(VoteRefusal::OwnerAlive(epoch));
@@ -111,7 +112,6 @@ impl Machine {
         match occasion {
             Occasion::Operator | Occasion::Restart => Ok(()),
             Occasion::Handover => {
-                let agreed = consent.is_some_and(|v| self.is_consent(v, proposal, epoch.host));
                 if agreed || self.hands_over_to(from) {
                     return Ok(());
                 }

@@ -487,3 +487,28 @@ fn an_operation_and_the_seal_that_vouches_for_it_are_made_at_a_stroke() {
     assert!(!degraded && c.status(0).degraded);
     assert!(c.nodes[0].head().seq > Seq(head.seq.0 + 2), "a Seal of its own");
 }
+
+/// Seeds 609800 and 628142 of the simulator: members had been added, and the owner changed, while one was away. It
+/// waited for word from the last owner it knew, which was there and had voted for another.
+#[test]
+fn a_member_that_lags_votes_when_the_last_owner_it_knows_has_done_so() {
+    let mut c = cluster(&[Replica; 2]);
+    c.write_and_flush(0);
+    for _ in 0..2 {
+        c.isolate(1);
+        let new = c.add_host(Replica);
+        c.cut(1, new);
+        change(&mut c, 0, new, true);
+    }
+    assert!(promote(&mut c, 2).is_ok(), "{}", c.describe());
+    let flushed = c.write_and_flush(2);
+    c.crash(3);
+    c.kill(2);
+    c.heal(0, 1);
+    c.run(2 * c.timing.lease_ms);
+    assert_eq!(c.nodes[1].machine.as_ref().unwrap().state().members.len(), 2, "it knows of no change");
+    c.restart(2);
+    c.until("elected", 10_000, |c| c.owner() == Some(2));
+    assert!(c.holds(2, flushed));
+    c.write_and_flush(2);
+}

@@ -344,10 +344,14 @@ impl World {
             from = self.rng.index(self.hosts.len());
         }
         from = by.unwrap_or(from);
-        // From its owner, to a copy that has the update before it (and may be cut back to that), another one would
-        // be as good as the true one: a lying owner's are made elsewhere, and nobody else speaks on its connection.
+        // From its owner, or the later one that the copy follows, to a copy that has the update before it (and may be cut
+        // back to that), another one would be as good as the true one until the next: a lying owner's are made elsewhere,
+        // and nobody else speaks on its connection.
         let before = copy.store.head_at(update.header.seq.prev()).ok().flatten().unwrap_or(head);
-        let is_next = update.header.parent == before.digest && update.header.epoch.host == self.host_id(from);
+        let now = self.hosts[to].now(self.now);
+        let owner = self.hosts[to].machine().and_then(|m| m.status(now).owner);
+        let speaks = [Some(update.header.epoch.host), owner].contains(&Some(self.host_id(from)));
+        let is_next = update.header.parent == before.digest && speaks;
         let (mut h, digest) = (update.header, update.digest);
         match self.rng.below(6) {
             0 if !payload.is_empty() => {
