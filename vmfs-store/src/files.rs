@@ -55,6 +55,16 @@ impl Files {
     pub(crate) fn map_copy(&self, image: ImageId) -> Result<Arc<dyn DiskFile>, StoreError> {
         self.get(Key::MapCopy(image), || map_copy_name(image), true)
     }
+    /// A descriptor of its own for a repair. The system reports a failed sync once to each: through the one that the
+    /// log or a checkpoint goes on with, that has to hear of it, too, since it may be what was lost.
+    pub(crate) fn segment_apart(&self, no: u32) -> Result<Arc<dyn DiskFile>, StoreError> {
+        let name = segment::file_name(no);
+        self.disk.open(&name, false).during(|| format!("opening {name}"))
+    }
+    /// The same of a map.
+    pub(crate) fn map_apart(&self, image: ImageId) -> Result<Arc<dyn DiskFile>, StoreError> {
+        self.disk.open(&map_name(image), false).during(|| format!("opening the map of image {image}"))
+    }
     pub(crate) fn forget_segment(&self, no: u32) {
         self.inner.lock().open.remove(&Key::Segment(no));
     }

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -62,6 +63,8 @@ struct SimFile {
     len: u64,
     durable_len: u64,
     reserved_pages: u64,
+    /// Syncs that failed.
+    failures: u64,
 }
 
 impl SimFile {
@@ -330,6 +333,12 @@ impl SimDisk {
     pub fn lose_next_write(&self) {
         self.0.lock().faults.lose_next_write = true;
     }
+    /// Such a write is still to come.
+    #[must_use]
+    pub fn has_bad_write_ahead(&self) -> bool {
+        let faults = &self.0.lock().faults;
+        faults.lose_next_write || faults.misdirect_pages.is_some()
+    }
     /// Changes the capacity.
     pub fn set_capacity_bytes(&self, bytes: u64) {
         self.0.lock().capacity_pages = bytes / PAGE as u64;
@@ -375,7 +384,8 @@ impl Disk for SimDisk {
             }
             None => return Err(io::ErrorKind::NotFound.into()),
         };
-        Ok(Arc::new(SimHandle { disk: self.clone(), id }))
+        let heard = AtomicU64::new(inner.file(id)?.failures);
+        Ok(Arc::new(SimHandle { disk: self.clone(), id, heard }))
     }
     fn list(&self, dir: &str) -> io::Result<Vec<String>> {
         let inner = self.0.lock();
@@ -426,6 +436,8 @@ impl Disk for SimDisk {
 struct SimHandle {
     disk: SimDisk,
     id: u64,
+    /// Failures of the file that it has reported, or that came before it.
+    heard: AtomicU64,
 }
 
 impl DiskFile for SimHandle {
@@ -453,7 +465,16 @@ impl DiskFile for SimHandle {
         self.disk.0.lock().write(self.id, buf, offset)
     }
     fn sync(&self) -> io::Result<()> {
-        self.disk.0.lock().sync(self.id)
+        let mut inner = self.disk.0.lock();
+        let synced = inner.sync(self.id);
+        let file = inner.file(self.id)?;
+        file.failures += u64::from(synced.is_err());
+        // As Linux does: each descriptor hears of a failure once, whoever met it.
+        let failed_since = self.heard.swap(file.failures, Ordering::AcqRel) < file.failures;
+        match synced {
+            Ok(()) if failed_since => Err(eio("sync, through another descriptor")),
+            other => other,
+        }
     }
     fn forget(&self, pages: Range<u64>) -> io::Result<()> {
         let mut inner = self.disk.0.lock();

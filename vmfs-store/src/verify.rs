@@ -10,7 +10,7 @@ use crate::error::{IoContext as _, StoreError};
 use crate::image::ImageStore;
 use crate::log::walk;
 use crate::map::{BLOCKS_MAX, Entry};
-use crate::segment::{PAGE_U64, file_name};
+use crate::segment::{PAGE_U64, Segment, file_name};
 use crate::view::{DigestReader, Wait, read_entries};
 
 /// What [`crate::ImageStore::verify`] found.
@@ -100,7 +100,7 @@ impl ImageStore {
     /// Durable on return.
     ///
     /// # Errors
-    /// [`StoreError::DigestMismatch`], or the disk's.
+    /// [`StoreError::DigestMismatch`], [`StoreError::Corrupt`] when the disk does not keep them, or the disk's.
     pub fn rewrite_block(&self, index: BlockIndex, data: &[u8]) -> Result<(), StoreError> {
         self.check_data()?;
         let content = self.map.read().content.clone();
@@ -116,9 +116,23 @@ impl ImageStore {
         }
         let seg = content.segments.get(&entry.segment_no());
         let seg = seg.ok_or_else(|| StoreError::corrupt(format!("the place of block {}", index.0)))?;
-        let file = seg.file(&self.shared.files)?;
+        self.write_again(seg, entry.page(), data)
+    }
+
+    /// Writes a page of a segment again, and reads it back from the disk. Durable on return.
+    pub(crate) fn write_again(&self, seg: &Segment, page: u32, data: &[u8]) -> Result<(), StoreError> {
         let what = || format!("repairing {}", file_name(seg.no));
-        file.write_at(data, u64::from(entry.page()) * PAGE_U64).during(what)?;
-        file.sync().during(what)
+        let file = self.shared.files.segment_apart(seg.no)?;
+        let at = u64::from(page);
+        let synced = file.write_at(data, at * PAGE_U64).and_then(|()| file.sync()).during(what);
+        // What is right in memory alone would hide the damage.
+        file.forget(at..at + 1).during(what)?;
+        synced?;
+        let mut found = vec![0u8; data.len()];
+        file.read_at(&mut found, at * PAGE_U64).during(what)?;
+        if found == data {
+            return Ok(());
+        }
+        Err(StoreError::corrupt(format!("page {page} of {}, just written again,", file_name(seg.no))))
     }
 }

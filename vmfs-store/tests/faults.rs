@@ -12,7 +12,7 @@ use vmfs_common::policy::MemberRole;
 use vmfs_common::{BlockIndex, DatastoreId, HostId, ImageId, Seq};
 use vmfs_store::disk::{Disk, FileDisk};
 use vmfs_store::simdisk::SimDisk;
-use vmfs_store::{Space, Store, StoreConfig, StoreError};
+use vmfs_store::{BadPayload, Space, Store, StoreConfig, StoreError};
 
 #[test]
 fn another_hosts_store_is_refused_naming_both() {
@@ -305,6 +305,70 @@ fn a_failed_sync_that_could_leave_no_mark_is_not_believed_by_the_next_process_ei
     assert!(failed > 3 && shorter > 0, "{failed} {shorter}");
 }
 
+/// Flips a bit of the payload with this content.
+fn damage(disk: &SimDisk, content: &[u8]) {
+    let segments = disk.files().into_iter().filter(|(n, _)| n.starts_with("seg/"));
+    let found = segments.into_iter().find_map(|(n, len)| {
+        let file = disk.open(&n, false).unwrap();
+        let mut page = vec![0u8; 4096];
+        (0..len / 4096).find_map(|p| {
+            file.read_at(&mut page, p * 4096).unwrap();
+            (page == content).then(|| (n.clone(), p * 4096))
+        })
+    });
+    let (name, at) = found.unwrap();
+    assert!(disk.flip_bit(&name, at + 17, 3));
+}
+
+/// What a scrub finds.
+fn scrubbed(rig: &Rig) -> Vec<BadPayload> {
+    let mut scrub = rig.image.begin_scrub();
+    assert!(scrub.step(u64::MAX).unwrap().finished);
+    scrub.take_bad()
+}
+
+#[test]
+fn a_repair_is_read_back_from_the_disk() {
+    let mut rig = Rig::new();
+    rig.write(3, &[7, 8]);
+    rig.image.sync().unwrap();
+    let right = block(3, 7);
+    damage(&rig.disk, &right);
+    let bad = scrubbed(&rig);
+    assert_eq!(bad.len(), 1);
+    rig.disk.lose_next_write();
+    assert!(matches!(rig.image.repair(&bad[0], &right), Err(StoreError::Corrupt { .. })));
+    let mut buf = vec![0u8; 4096];
+    assert!(matches!(rig.image.read(BlockIndex(3), &mut buf), Err(StoreError::BadBlock { .. })));
+    rig.disk.lose_next_write();
+    assert!(matches!(rig.image.rewrite_block(BlockIndex(3), &right), Err(StoreError::Corrupt { .. })));
+    assert!(rig.image.repair(&bad[0], &right).unwrap());
+    rig.image.read(BlockIndex(3), &mut buf).unwrap();
+    assert_eq!((buf, scrubbed(&rig)), (right, Vec::new()));
+}
+
+/// The kernel gives up what the log has not synced in that file, too, and says so once to each descriptor.
+#[test]
+fn a_failed_sync_of_a_repair_is_heard_by_the_log() {
+    for scrub in [true, false] {
+        let mut rig = Rig::new();
+        rig.write(3, &[7]);
+        rig.image.sync().unwrap();
+        let right = block(3, 7);
+        damage(&rig.disk, &right);
+        let bad = scrubbed(&rig);
+        rig.write(9, &[1]);
+        rig.disk.fail_syncs(true);
+        let repaired = match scrub {
+            true => rig.image.repair(&bad[0], &right).map(|_| ()),
+            false => rig.image.rewrite_block(BlockIndex(3), &right),
+        };
+        assert!(matches!(repaired, Err(StoreError::Io { .. })), "{repaired:?}");
+        rig.disk.fail_syncs(false);
+        assert!(rig.image.sync().is_err(), "what was written after the last sync may be lost");
+    }
+}
+
 #[test]
 fn a_damaged_block_is_found_repaired_and_never_shortens_the_chain() {
     let mut rig = Rig::new();
@@ -314,23 +378,8 @@ fn a_damaged_block_is_found_repaired_and_never_shortens_the_chain() {
     rig.image.sync().unwrap();
     rig.write(100, &[1]);
     rig.image.sync().unwrap();
-    // Find block 4's payload by its content.
     let want = block(4, 5);
-    let (name, at) = rig
-        .disk
-        .files()
-        .into_iter()
-        .filter(|(n, _)| n.starts_with("seg/"))
-        .find_map(|(n, len)| {
-            let file = rig.disk.open(&n, false).unwrap();
-            let mut page = vec![0u8; 4096];
-            (0..len / 4096).find_map(|p| {
-                file.read_at(&mut page, p * 4096).unwrap();
-                (page == want).then(|| (n.clone(), p * 4096))
-            })
-        })
-        .unwrap();
-    assert!(rig.disk.flip_bit(&name, at + 17, 3));
+    damage(&rig.disk, &want);
     let disk = rig.disk.power_cut(2);
     let store = open(&disk, small()).unwrap();
     let image = store.image(IMAGE).unwrap();

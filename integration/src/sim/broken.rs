@@ -37,6 +37,8 @@ super::check::named! {
         SilentFaults,
         /// Disks fill up that nobody knows to be full.
         SilentlyFull,
+        /// A scrub keeps what it has found to itself.
+        ScrubForgets,
         /// A tail that is cut off is given up.
         ForkNotKept,
         /// The last update of a tail is given up before the rest is kept.

@@ -43,6 +43,12 @@ named! {
         PinnedIsRight,
         /// At the end nothing in a copy is damaged.
         CopyVerifies,
+        /// After a whole scrub nothing is damaged that was not reported.
+        ScrubFinds,
+        /// A scrub finds nothing damaged on a sound disk.
+        SoundIsWhole,
+        /// No scrub fails on a sound disk.
+        ScrubWorks,
         /// A tail that is cut off is kept as a fork.
         TailIsKept,
         /// A fork ends where the copy ended.

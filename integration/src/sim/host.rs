@@ -9,7 +9,7 @@ use vmfs_common::policy::{Member, MemberRole};
 use vmfs_common::{DatastoreId, Epoch, HostId, ImageId, Millis, StoreId};
 use vmfs_proto::{Contact, Identity, Machine};
 use vmfs_store::simdisk::SimDisk;
-use vmfs_store::{ImageStore, Store, StoreConfig, View};
+use vmfs_store::{ImageStore, Scrub, Store, StoreConfig, View};
 
 use super::At;
 use super::blocksync::Pull;
@@ -47,6 +47,8 @@ pub(crate) struct Copy {
     pub(crate) meta_next: Option<(u64, Vec<u8>)>,
     pub(crate) meta_writing: bool,
     pub(crate) pull: Option<Pull>,
+    /// A scrub under way.
+    pub(crate) scrub: Option<Scrub>,
     pub(crate) tick_at: Option<Us>,
     /// A pinned state, and which.
     pub(crate) pinned: Option<(View, Ix)>,

@@ -43,7 +43,7 @@ use world::World;
 
 pub use broken::Broken;
 pub use check::Check;
-pub use world::FORESEEN_FROM;
+pub use world::{FORESEEN_FROM, SCRUBBED_FROM};
 
 /// Index of a host in its cluster.
 type At = usize;
@@ -75,6 +75,8 @@ pub struct Tally {
     pub lies: u64,
     /// Runs that ended in histories that cannot be brought together, by a lie or a bad disk, and said so.
     pub evident: u64,
+    /// Scrubs that ran to their end beside everything else.
+    pub scrubbed: u64,
     /// Bytes that compaction moved.
     pub compacted: u64,
     /// Blocks read and compared.
@@ -100,6 +102,7 @@ impl Tally {
         self.repaired += other.repaired;
         self.lies += other.lies;
         self.evident += other.evident;
+        self.scrubbed += other.scrubbed;
         self.compacted += other.compacted;
         self.blocks_checked += other.blocks_checked;
         self.virtual_ms += other.virtual_ms;

@@ -1,11 +1,14 @@
 //! A disk that does not keep what was written: bits flip at rest, writes land elsewhere or nowhere. One host
 //! of a run has it. What it loses is as good as gone; what it shows must be right, or an error.
 
+use vmfs_common::BLOCK_BYTES;
 use vmfs_common::hash::block_digest;
 use vmfs_common::policy::MemberRole;
-use vmfs_common::{BLOCK_BYTES, BlockIndex};
+use vmfs_store::{BadPayload, Scrub, StoreError};
 
 use super::At;
+use super::broken::Broken;
+use super::check::Check;
 use super::world::World;
 
 /// Where bits are looked for.
@@ -52,32 +55,94 @@ impl World {
         }
     }
 
-    /// As the engine's scrub and repair: damaged blocks are fetched from whoever has the right ones. False when
-    /// damage is left.
+    /// A whole scrub on the host with the bad disk. False when damage is left.
     pub(crate) fn scrub(&mut self, at: At) -> bool {
         if !self.hosts[at].bad_disk {
             return true;
         }
         let Some(copy) = self.hosts[at].copy() else { return true };
         let store = copy.store.clone();
-        if store.kind() == MemberRole::Witness || store.latched().is_some() {
-            return store.latched().is_none();
-        }
-        let bad = match store.verify(&mut |_, _| {}) {
-            Ok(report) => report.bad_blocks,
+        // Else a repair does damage elsewhere, perhaps behind the scrub.
+        let true_writes = !self.hosts[at].disk.has_bad_write_ahead();
+        let step = self.begin_scrub(at).and_then(|mut scrub| self.scrub_step(at, &mut scrub, u64::MAX));
+        let whole = match step {
+            Ok(step) => step.left == 0,
             Err(e) => {
                 self.note(|| format!("{at} cannot scrub: {e}"));
                 return false;
             }
         };
-        let mut clean = true;
-        for index in bad {
-            let fixed = self.repair(at, index);
-            self.counts.repaired += u64::from(fixed);
-            clean &= fixed;
-            self.note(|| format!("block {} of {at} is damaged, repaired: {fixed}", index.0));
+        // What a scrub did not find, or has not repaired, nobody will.
+        match store.verify(&mut |_, _| {}) {
+            Ok(report) if whole && true_writes && report.bad_blocks.len() + report.bad_updates.len() > 0 => {
+                self.fail(Check::ScrubFinds, format!("after a scrub of host {at}: {report:?}"));
+                false
+            }
+            Ok(report) => report.bad_blocks.is_empty(),
+            Err(e) => {
+                self.note(|| format!("{at} cannot be verified: {e}"));
+                false
+            }
         }
-        clean
+    }
+
+    /// Looks at what all images share, and begins a scrub of the image.
+    fn begin_scrub(&self, at: At) -> Result<Scrub, StoreError> {
+        let running = self.hosts[at].running.as_ref().expect("invariant: it is up");
+        running.store.scrub_shared()?;
+        let copy = running.copy.as_ref().expect("invariant: it has a copy");
+        Ok(copy.store.begin_scrub())
+    }
+
+    /// A part of a scrub, as the engine does it: damaged payload is fetched from whoever has the right one.
+    fn scrub_step(&mut self, at: At, scrub: &mut Scrub, budget_bytes: u64) -> Result<Scrubbed, StoreError> {
+        let stepped = scrub.step(budget_bytes);
+        let (mut found, mut left) = (0, 0);
+        for bad in scrub.take_bad() {
+            if self.is_broken(Broken::ScrubForgets) {
+                continue;
+            }
+            let fixed = self.repair(at, &bad);
+            self.counts.repaired += u64::from(fixed);
+            self.note(|| format!("{} of {at} is damaged, repaired: {fixed}", bad.name()));
+            found += 1;
+            left += usize::from(!fixed);
+        }
+        stepped.map(|p| Scrubbed { finished: p.finished, found, left })
+    }
+
+    /// Goes on with a scrub between everything else that a host does, or begins one.
+    pub(crate) fn scrub_on(&mut self, at: At) {
+        let Some(copy) = self.hosts[at].copy_mut() else { return };
+        let begun = copy.scrub.take().map(Ok);
+        let begun = match begun {
+            Some(scrub) => Some(scrub),
+            None if self.scrubs && self.rng.one_in(8) => Some(self.begin_scrub(at)),
+            None => None,
+        };
+        let Some(begun) = begun else { return };
+        let budget = self.rng.between(1, 256 << 10);
+        let stepped = begun.and_then(|mut scrub| {
+            let step = self.scrub_step(at, &mut scrub, budget)?;
+            Ok((scrub, step))
+        });
+        let excused = self.hosts[at].is_excused() || self.hosts[at].stop_call.is_some();
+        match stepped {
+            Ok((_, step)) if step.found > 0 && !self.hosts[at].bad_disk => {
+                let what = format!("a scrub of host {at} found {} damaged blocks", step.found);
+                self.fail(Check::SoundIsWhole, what);
+            }
+            Ok((scrub, step)) => {
+                self.counts.scrubbed += u64::from(step.finished);
+                if let Some(copy) = self.hosts[at].copy_mut().filter(|_| !step.finished) {
+                    copy.scrub = Some(scrub);
+                }
+            }
+            Err(e) if excused => self.note(|| format!("{at} cannot scrub: {e}")),
+            Err(e) => {
+                self.fail(Check::ScrubWorks, format!("the scrub of host {at} failed on a sound disk: {e}"))
+            }
+        }
     }
 
     /// The operator replaces the bad disk.
@@ -90,19 +155,37 @@ impl World {
         self.wipe(at);
     }
 
-    fn repair(&mut self, at: At, index: BlockIndex) -> bool {
+    fn repair(&self, at: At, bad: &BadPayload) -> bool {
         let Some(store) = self.hosts[at].copy().map(|c| c.store.clone()) else { return false };
-        let Ok(digest) = store.view().digests(index, 1).map(|d| d[0]) else { return false };
         for peer in (0..self.hosts.len()).filter(|p| *p != at) {
             if self.net.session(at, peer).is_none() {
                 continue;
             }
             let Some(theirs) = self.hosts[peer].copy().map(|c| c.store.clone()) else { continue };
-            let mut block = vec![0u8; BLOCK_BYTES];
-            if theirs.read(index, &mut block).is_ok() && block_digest(&block) == digest {
-                return store.rewrite_block(index, &block).is_ok();
+            let block = bad.block.and_then(|index| {
+                let mut block = vec![0u8; BLOCK_BYTES];
+                (theirs.read(index, &mut block).is_ok() && block_digest(&block) == bad.digest)
+                    .then_some(block)
+            });
+            let of_update = || bad.update.and_then(|seq| theirs.payload_of(seq, &bad.digest).ok()?);
+            let Some(raw) = block.or_else(of_update) else { continue };
+            // False: nothing refers to it any more.
+            if let Ok(repaired) = store.repair(bad, &raw) {
+                if repaired {
+                    store.note_repair(&bad.name(), "from another host's copy");
+                }
+                return true;
             }
         }
         false
     }
+}
+
+/// What came of a part of a scrub.
+struct Scrubbed {
+    finished: bool,
+    /// Damaged payload blocks.
+    found: usize,
+    /// Those without a good copy.
+    left: usize,
 }

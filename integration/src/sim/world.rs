@@ -69,6 +69,9 @@ impl Ord for Due {
 /// something go on to mean it.
 pub const FORESEEN_FROM: u64 = 400_000;
 
+/// The same, before hosts scrubbed while they worked.
+pub const SCRUBBED_FROM: u64 = 800_000;
+
 /// A cluster and everything around it.
 pub(crate) struct World {
     pub(crate) now: Us,
@@ -88,6 +91,8 @@ pub(crate) struct World {
     pub(crate) lying: Lying,
     /// Owners expect flushes, and have logs made durable before they are asked to.
     pub(crate) foresees: bool,
+    /// Hosts scrub while they work.
+    pub(crate) scrubs: bool,
     pub(crate) counts: Tally,
     pub(crate) next_token: u64,
     queue: BinaryHeap<Reverse<Due>>,
@@ -113,6 +118,7 @@ impl World {
             broken: None,
             lying: Lying::default(),
             foresees: seed >= FORESEEN_FROM,
+            scrubs: seed >= SCRUBBED_FROM,
             counts: Tally::default(),
             next_token: 0,
             queue: BinaryHeap::new(),
@@ -316,6 +322,7 @@ impl World {
                 self.fail(Check::BackgroundWorks, what);
             }
         }
+        self.scrub_on(at);
     }
 
     // --- up and down ---
@@ -417,6 +424,7 @@ impl World {
             meta_writing: false,
             pull: None,
             tick_at: None,
+            scrub: None,
             pinned: None,
         };
         self.hosts[at].running.as_mut().expect("invariant: the host is up").copy = Some(copy);

@@ -216,7 +216,7 @@ pub(crate) fn put_back(
     bytes: &[u8; PAGE],
 ) -> Result<(), StoreError> {
     assert_eq!(crc32c::crc32c(bytes), r.crc(), "invariant: only a page's own bytes are put back");
-    let file = shared.files.map(image)?;
+    let file = shared.files.map_apart(image)?;
     let what = || format!("repairing {} of image {image}", page_name(r.page()));
     file.write_at(bytes, u64::from(r.page()) * PAGE_U64).during(what)?;
     file.sync().during(what)?;

@@ -127,7 +127,7 @@ impl ImageStore {
     /// longer in use.
     ///
     /// # Errors
-    /// [`StoreError::DigestMismatch`], or the disk's.
+    /// [`StoreError::DigestMismatch`], [`StoreError::Corrupt`] when the disk does not keep them, or the disk's.
     pub fn repair(&self, bad: &BadPayload, data: &[u8]) -> Result<bool, StoreError> {
         let right = data.len() == BLOCK_BYTES && block_digest(data) == bad.digest;
         if !right || crc32c::crc32c(data) != bad.crc {
@@ -136,10 +136,7 @@ impl ImageStore {
         // The segment is not used for anything else while it is held.
         let seg = self.map.read().content.segments.get(&bad.segment_no).map(Arc::clone);
         let Some(seg) = seg.filter(|s| s.generation == bad.generation) else { return Ok(false) };
-        let file = seg.file(&self.shared.files)?;
-        let what = || format!("repairing {}", file_name(seg.no));
-        file.write_at(data, u64::from(bad.page) * PAGE_U64).during(what)?;
-        file.sync().during(what)?;
+        self.write_again(&seg, bad.page, data)?;
         Ok(true)
     }
 

@@ -11,7 +11,7 @@ use crate::segment::{FIRST_PAGE, PAGE, PAGE_U64, Segment, SegmentHeader, file_na
 impl ImageStore {
     /// Looks at both copies of a segment's header. Returns the bytes read.
     pub(super) fn scrub_segment_header(&self, seg: &Segment) -> Result<u64, StoreError> {
-        let file = seg.file(&self.shared.files)?;
+        let file = self.shared.files.segment_apart(seg.no)?;
         let name = || file_name(seg.no);
         let mut pages = vec![0u8; 2 * PAGE];
         file.read_at(&mut pages, 0).during(|| format!("reading {}", name()))?;
@@ -66,7 +66,7 @@ impl ImageStore {
         if !unfinished.is_empty() {
             self.scrub_open_page(seg)?;
         }
-        let file = seg.file(&self.shared.files)?;
+        let file = self.shared.files.segment_apart(seg.no)?;
         let unpaired = seg.unpaired.load(Ordering::Relaxed);
         let (mut read, mut written) = (0, Vec::new());
         let (mut page, mut index) = (u16::try_from(FIRST_PAGE).expect("invariant: a small constant"), 0u16);
