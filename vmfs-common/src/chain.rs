@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::hash::{hash, mac, same_secret};
-use crate::header::{FLAG_DEGRADED, FORMAT_LEVEL, Update, UpdateHeader, update_digest};
+use crate::header::{FLAG_DEGRADED, FORMAT_LEVEL, Unsealed, Update, UpdateHeader};
 use crate::identity::{HostKey, PublicKey};
 use crate::ids::{BlockCount, BlockIndex, Digest, Epoch, Head, ImageId, Seq};
 use crate::op::Op;
@@ -318,7 +318,8 @@ impl OwnerChain {
             digests: Vec::new(),
             op: Op::EpochStart(Box::new(start)),
         };
-        let update = finish(header, &private);
+        let public = header.public;
+        let update = Unsealed::new(header).seal(public, |digest| tag(&private, digest));
         let tip = Tip::of(&update);
         (Self { secret, image, private, tip, degraded }, update)
     }
@@ -351,7 +352,7 @@ impl OwnerChain {
     pub fn append(&mut self, draft: Draft, time_ns: u64, commit: Seq, acked: Vec<Seq>) -> Update {
         let Draft { op, start, count, digests, flags } = draft;
         let flags = flags | if self.degraded { FLAG_DEGRADED } else { 0 };
-        let mut header = UpdateHeader {
+        let header = UpdateHeader {
             level: FORMAT_LEVEL,
             flags,
             image: self.image,
@@ -369,9 +370,9 @@ impl OwnerChain {
             digests,
             op,
         };
-        let private = self.secret.next_private(&self.private, &header.body());
-        header.public = public_id(&private);
-        let update = finish(header, &private);
+        let header = Unsealed::new(header);
+        let private = self.secret.next_private(&self.private, header.body());
+        let update = header.seal(public_id(&private), |digest| tag(&private, digest));
         self.private.zeroize();
         self.private = private;
         self.tip = Tip::of(&update);
@@ -390,12 +391,6 @@ impl Drop for OwnerChain {
     fn drop(&mut self) {
         self.private.zeroize();
     }
-}
-
-fn finish(mut header: UpdateHeader, private: &[u8; 32]) -> Update {
-    let digest = update_digest(&header.body(), &header.reveal, &header.public);
-    header.tag = tag(private, &digest);
-    Update::from_header(header)
 }
 
 /// Follows an ended epoch with its published secret: every update must be the one the owner made.

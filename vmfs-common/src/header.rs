@@ -82,7 +82,10 @@ pub struct Update {
 /// Offsets of the fixed part, used by the encoder, the decoder and the body hash.
 mod at {
     pub(super) const BODY_END: usize = 144;
-    pub(super) const CRC: usize = 240;
+    pub(super) const REVEAL: usize = BODY_END;
+    pub(super) const PUBLIC: usize = REVEAL + 32;
+    pub(super) const TAG: usize = PUBLIC + 32;
+    pub(super) const CRC: usize = TAG + 32;
 }
 
 impl UpdateHeader {
@@ -136,8 +139,7 @@ impl UpdateHeader {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut b = self.encode_unsealed();
-        let crc = crc32c::crc32c(&b);
-        b[at::CRC..at::CRC + 4].copy_from_slice(&crc.to_le_bytes());
+        put_checksum(&mut b);
         b
     }
 
@@ -258,6 +260,44 @@ fn body_of(b: &[u8]) -> Digest {
 #[must_use]
 pub fn update_digest(body: &Digest, reveal: &[u8; 32], public: &Digest) -> Digest {
     hash("update", &[body.as_bytes(), reveal, public.as_bytes()])
+}
+
+/// A header that lacks its public id and its tag, which depend on its body: encoded and hashed once, since this
+/// is done for every write.
+pub(crate) struct Unsealed {
+    header: UpdateHeader,
+    bytes: Vec<u8>,
+    body: Digest,
+}
+
+impl Unsealed {
+    /// Whatever `header` says as public id and tag does not count.
+    pub(crate) fn new(header: UpdateHeader) -> Self {
+        let bytes = header.encode_unsealed();
+        let body = body_of(&bytes);
+        Self { header, bytes, body }
+    }
+    /// `B`.
+    pub(crate) const fn body(&self) -> &Digest {
+        &self.body
+    }
+    /// The update with this public id, and the tag that `tag` makes of its digest.
+    pub(crate) fn seal(self, public: Digest, tag: impl FnOnce(&Digest) -> [u8; 32]) -> Update {
+        let Self { mut header, mut bytes, body } = self;
+        let digest = update_digest(&body, &header.reveal, &public);
+        (header.public, header.tag) = (public, tag(&digest));
+        bytes[at::PUBLIC..at::TAG].copy_from_slice(header.public.as_bytes());
+        bytes[at::TAG..at::CRC].copy_from_slice(&header.tag);
+        put_checksum(&mut bytes);
+        Update { header, bytes: bytes.into(), body, digest }
+    }
+}
+
+/// Fills in the structural checksum, over a field of zeros.
+fn put_checksum(b: &mut [u8]) {
+    b[at::CRC..at::CRC + 4].fill(0);
+    let crc = crc32c::crc32c(b);
+    b[at::CRC..at::CRC + 4].copy_from_slice(&crc.to_le_bytes());
 }
 
 impl Update {
