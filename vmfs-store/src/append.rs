@@ -16,7 +16,23 @@ use crate::map::overlay::Overlay;
 use crate::map::{BLOCKS_MAX, Entry};
 use crate::pool::{Pool, Spare};
 use crate::segment::{Class, Kind, SegmentHeader, file_name};
-use crate::writer::{RECORD_BLOCKS_MAX, RecordKind, SegmentWriter, pages_needed, record_bytes};
+use crate::writer::{RecordKind, SegmentWriter, pages_needed, record_bytes};
+
+/// Most writes are of a few blocks: no need to fill in more.
+const FEW_BLOCKS: usize = 16;
+
+/// Room for `count` entries, all unset.
+fn entries_for<'a>(
+    count: usize,
+    few: &'a mut [Entry; FEW_BLOCKS],
+    many: &'a mut Vec<Entry>,
+) -> &'a mut [Entry] {
+    if count <= FEW_BLOCKS {
+        return &mut few[..count];
+    }
+    many.resize(count, Entry::UNSET);
+    many
+}
 
 /// What an update does to the map.
 pub(crate) enum MapChange {
@@ -32,13 +48,14 @@ pub(crate) enum MapChange {
     },
 }
 
-/// Works out the entries of an update whose payload begins at `first_page` of segment `no`.
+/// Works out the entries of an update whose payload begins at `first_page` of segment `no`. `entries` has room for
+/// as many as the update has digests.
 pub(crate) fn map_change(
     header: &UpdateHeader,
     no: u32,
     first_page: u32,
     crcs: &[u32],
-    entries: &mut [Entry; RECORD_BLOCKS_MAX],
+    entries: &mut [Entry],
 ) -> MapChange {
     match &header.op {
         Op::Write { .. } => {
@@ -168,8 +185,9 @@ impl ImageStore {
 
     /// Applies the update to the map. The caller holds the append lock.
     pub(crate) fn change_map(&self, header: &UpdateHeader, no: u32, page: u32, crcs: &[u32]) {
-        let mut entries = [Entry::UNSET; RECORD_BLOCKS_MAX];
-        let change = map_change(header, no, page, crcs, &mut entries);
+        let (mut few, mut many) = ([Entry::UNSET; FEW_BLOCKS], Vec::new());
+        let entries = entries_for(header.digests.len(), &mut few, &mut many);
+        let change = map_change(header, no, page, crcs, entries);
         // The old entries are looked up outside of the map's lock: it may read map pages, which the
         // next checkpoint needs anyway.
         let gone = self.data_replaced_by(&change).unwrap_or_else(|e| {
@@ -182,7 +200,7 @@ impl ImageStore {
         map.allocated += crcs.len() as u64;
         map.allocated = map.allocated.saturating_sub(gone);
         let before = map.content.overlay.bytes();
-        apply_change(&mut map.content.overlay, &change, &entries);
+        apply_change(&mut map.content.overlay, &change, entries);
         let more = map.content.overlay.bytes().saturating_sub(before);
         self.shared.dirty_map_bytes.fetch_add(more as u64, Ordering::Relaxed);
     }
@@ -196,8 +214,8 @@ impl ImageStore {
                 self.healing(|| content.count_data(&self.shared, range.clone()))
             }
             MapChange::Blocks { start, count } => {
-                let mut old = [Entry::UNSET; RECORD_BLOCKS_MAX];
-                let old = &mut old[..*count];
+                let (mut few, mut many) = ([Entry::UNSET; FEW_BLOCKS], Vec::new());
+                let old = entries_for(*count, &mut few, &mut many);
                 let base = {
                     let map = self.map.read();
                     map.content.recent(*start, old);

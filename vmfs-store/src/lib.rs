@@ -17,6 +17,7 @@ mod fork;
 #[doc(hidden)]
 pub mod fuzzing;
 mod gather;
+mod held;
 mod identity;
 mod image;
 mod import;

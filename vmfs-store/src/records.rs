@@ -57,9 +57,7 @@ impl Record {
         if payload.is_empty() {
             return Ok(Some(payload));
         }
-        let file = seg.file(&shared.files)?;
-        file.read_at(&mut payload, u64::from(self.payload_page) * PAGE_U64)
-            .during(|| format!("reading {}", file_name(seg.no)))?;
+        seg.read_payload(&shared.files, self.payload_page, &mut payload, false)?;
         let good = payload.chunks_exact(PAGE).zip(&self.crcs).all(|(b, crc)| crc32c::crc32c(b) == *crc);
         Ok(good.then_some(payload))
     }

@@ -12,6 +12,7 @@ use vmfs_common::{Head, ImageId, StoreId};
 use crate::disk::DiskFile;
 use crate::error::{IoContext as _, StoreError};
 use crate::files::Files;
+use crate::held::Held;
 use crate::writer::Live;
 
 /// Bytes of a page, the unit of everything in a segment.
@@ -80,6 +81,8 @@ pub(crate) struct Segment {
     pub(crate) unpaired: AtomicBool,
     /// Header pages not yet on disk, and the index, while the segment is written to.
     pub(crate) live: Mutex<Option<Live>>,
+    /// Payload that is not in the file yet.
+    pub(crate) held: Held,
 }
 
 impl Segment {
@@ -92,10 +95,29 @@ impl Segment {
             written_pages: AtomicU32::new(0),
             unpaired: AtomicBool::new(false),
             live: Mutex::new(None),
+            held: Held::default(),
         }
     }
     pub(crate) fn file(&self, files: &Files) -> Result<Arc<dyn DiskFile>, StoreError> {
         files.segment(self.no)
+    }
+
+    /// Reads pages of payload, wherever they are. With `soon`, false when the disk was only asked for them.
+    pub(crate) fn read_payload(
+        &self,
+        files: &Files,
+        page: u32,
+        buf: &mut [u8],
+        soon: bool,
+    ) -> Result<bool, StoreError> {
+        let in_file = self.held.read(page, buf);
+        if in_file == 0 {
+            return Ok(true);
+        }
+        let file = self.file(files)?;
+        let (buf, offset) = (&mut buf[..in_file], u64::from(page) * PAGE_U64);
+        let read = if soon { file.read_soon(buf, offset) } else { file.read_at(buf, offset).map(|()| true) };
+        read.during(|| format!("reading {}", file_name(self.no)))
     }
 }
 

@@ -6,11 +6,10 @@ use vmfs_common::policy::MemberRole;
 use vmfs_common::state::ImageState;
 use vmfs_common::{BLOCK_BYTES, BlockCount, BlockIndex, Digest, Head, ImageId};
 
-use crate::error::{IoContext as _, StoreError};
+use crate::error::StoreError;
 use crate::map::{BLOCKS_MAX, Content, Entry, Segments};
 use crate::merkle::{MerkleTree, merkle_tree};
 use crate::records::{Record, record_of_payload};
-use crate::segment::{PAGE_U64, file_name};
 use crate::shared::Shared;
 
 /// Content and state after one update. Segments it needs stay until it is dropped.
@@ -171,15 +170,8 @@ fn read_run(
 ) -> Result<bool, StoreError> {
     let bad = |i: usize| StoreError::BadBlock { index: BlockIndex(start + i as u64) };
     let seg = segments.get(&entries[0].segment_no()).ok_or_else(|| bad(0))?;
-    let file = seg.file(&shared.files)?;
-    let offset = u64::from(entries[0].page()) * PAGE_U64;
-    let reading = || format!("reading {}", file_name(seg.no));
-    if soon {
-        if !file.read_soon(piece, offset).during(reading)? {
-            return Ok(false);
-        }
-    } else {
-        file.read_at(piece, offset).during(reading)?;
+    if !seg.read_payload(&shared.files, entries[0].page(), piece, soon)? {
+        return Ok(false);
     }
     for (i, (block, entry)) in piece.chunks_exact(BLOCK_BYTES).zip(entries).enumerate() {
         if !entry.matches(crc32c::crc32c(block)) {

@@ -137,7 +137,8 @@ impl SegmentWriter {
     }
 
     /// Writes a record and its payload; returns the first payload page. The caller has made sure
-    /// that it fits. Header bytes reach the disk with the next sync.
+    /// that it fits. Header bytes, and small payload ([`crate::held`]), reach the disk with the next sync or
+    /// when a header page is full.
     pub(crate) fn append(
         &mut self,
         kind: RecordKind,
@@ -154,7 +155,7 @@ impl SegmentWriter {
         let first_page = self.next_page;
         self.unsynced = true;
         if blocks > 0 {
-            self.file.write_at(payload, u64::from(first_page) * PAGE_U64).during(|| self.context())?;
+            self.seg.held.put(&*self.file, first_page, payload).during(|| self.context())?;
             self.next_page += blocks;
         }
         let payload_page = u16::try_from(first_page).map_err(|_| StoreError::Full)?;
@@ -163,12 +164,10 @@ impl SegmentWriter {
         fixed[8] = kind.code();
         fixed[10..12].copy_from_slice(&payload_page.to_le_bytes());
         fixed[12..16].copy_from_slice(&blocks.to_le_bytes());
-        let mut crc_bytes = [0u8; 4 * RECORD_BLOCKS_MAX];
-        let crc_bytes = &mut crc_bytes[..4 * crcs.len()];
-        for (to, crc) in crc_bytes.chunks_exact_mut(4).zip(crcs) {
-            to.copy_from_slice(&crc.to_le_bytes());
-        }
-        let crc = crc32c::crc32c_append(crc32c::crc32c_append(crc32c::crc32c(&fixed[4..]), crc_bytes), body);
+        let crc = crcs
+            .iter()
+            .fold(crc32c::crc32c(&fixed[4..]), |crc, c| crc32c::crc32c_append(crc, &c.to_le_bytes()));
+        let crc = crc32c::crc32c_append(crc, body);
         fixed[..4].copy_from_slice(&crc.to_le_bytes());
 
         let seg = Arc::clone(&self.seg);
@@ -183,8 +182,7 @@ impl SegmentWriter {
             live.open.first = Some(start);
             live.index.push(IndexEntry { page: live.open.page, index: live.open.index, start });
         }
-        for part in [&fixed[..], crc_bytes, body] {
-            let mut rest = part;
+        let mut put = |mut rest: &[u8]| {
             while !rest.is_empty() {
                 if live.open.used() == BODY {
                     self.turn_page(live, synced_seq)?;
@@ -192,7 +190,11 @@ impl SegmentWriter {
                 let n = live.open.push(rest);
                 rest = &rest[n..];
             }
-        }
+            Ok(())
+        };
+        put(&fixed)?;
+        crcs.iter().try_for_each(|c| put(&c.to_le_bytes()))?;
+        put(body)?;
         live.dirty = true;
         Ok(first_page)
     }
@@ -200,6 +202,7 @@ impl SegmentWriter {
     /// Allocates the next header pair, links it, and writes the full page unless that would touch
     /// a pair with a durable copy.
     fn turn_page(&mut self, live: &mut Live, synced_seq: u64) -> Result<(), StoreError> {
+        self.seg.held.write(&*self.file).during(|| self.context())?;
         let page = u16::try_from(self.next_page).map_err(|_| StoreError::Full)?;
         self.next_page += 2;
         live.open.next = page;
@@ -237,6 +240,7 @@ impl SegmentWriter {
         let seg = Arc::clone(&self.seg);
         let mut guard = seg.live.lock();
         let live = guard.as_mut().expect("invariant: a segment with a writer is live");
+        seg.held.write_and_shrink(&*self.file).during(|| self.context())?;
         for mut page in self.mirror.drain(..) {
             let (offset, synced) = (page.other_slot_offset(), page.synced_seq);
             let bytes = page.finish(seg.generation, synced);

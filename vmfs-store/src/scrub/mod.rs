@@ -384,9 +384,7 @@ fn check_record(
         return Ok(0);
     }
     let mut payload = vec![0u8; record.crcs.len() * PAGE];
-    seg.file(&shared.files)?
-        .read_at(&mut payload, u64::from(record.payload_page) * PAGE_U64)
-        .during(|| format!("reading {}", file_name(seg.no)))?;
+    seg.read_payload(&shared.files, record.payload_page, &mut payload, false)?;
     let all = payload.chunks_exact(PAGE).zip(&record.crcs).zip(blocks).zip(shown);
     for (page, (((data, crc), (block, digest)), shown)) in (record.payload_page..).zip(all) {
         let whole = crc32c::crc32c(data) == *crc && block_digest(data) == digest;
