@@ -261,11 +261,13 @@ impl Image {
         let lines = self.lines.lock();
         // Only the owner's streams go on with what is appended: other copies keep nothing, and who asks one of
         // them is served from its log.
-        if !lines.values().any(|l| l.is_feeding()) {
-            return;
-        }
+        let Some(wanted) = lines.values().filter_map(|l| l.feeds_from()).min() else { return };
         let bytes = payload.len();
-        self.ring.lock().push(RingItem::new(update, payload));
+        let mut ring = self.ring.lock();
+        ring.push(RingItem::new(update, payload));
+        // What every stream has passed goes at once: its memory is used again while it is in the processor's cache.
+        ring.trim_below(wanted);
+        drop(ring);
         lines.values().for_each(|l| l.appended(bytes));
     }
     pub(super) fn head_moved_back(&self) {

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -74,6 +74,8 @@ pub(crate) struct Line {
     feeding: AtomicBool,
     /// The task looks for updates by itself before long: appends need not wake it.
     lingering: AtomicBool,
+    /// The update that the feed goes on with.
+    fed_to: AtomicU64,
     /// Payload appended since the task last looked, in bytes.
     unsent: AtomicUsize,
     /// Bytes of messages waiting for this peer, over all images.
@@ -119,6 +121,7 @@ impl Line {
             notify: Notify::new(),
             feeding: AtomicBool::new(false),
             lingering: AtomicBool::new(false),
+            fed_to: AtomicU64::new(0),
             unsent: AtomicUsize::new(0),
             waiting_bytes: image.node().waiting_bytes(peer),
         });
@@ -159,6 +162,10 @@ impl Line {
     /// True while the peer is sent what is appended.
     pub(crate) fn is_feeding(&self) -> bool {
         self.feeding.load(Ordering::Acquire)
+    }
+    /// The first update that the peer has yet to be sent, while it is sent what is appended.
+    pub(crate) fn feeds_from(&self) -> Option<Seq> {
+        self.is_feeding().then(|| Seq(self.fed_to.load(Ordering::Acquire)))
     }
     /// An update with this much payload was appended. While updates keep coming the task collects them
     /// for [`LINGER`] or up to [`EAGER_BYTES`]; nobody waits for them before a flush, and that wakes it.
@@ -207,8 +214,11 @@ impl Line {
         Some(message)
     }
     pub(crate) fn feed(&self, after: Seq, headers_only: bool) {
-        self.queue.lock().feed = Some(Feed { next: after.next(), headers_only, upto: None });
+        let mut q = self.queue.lock();
+        q.feed = Some(Feed { next: after.next(), headers_only, upto: None });
+        self.fed_to.store(after.next().0, Ordering::Release);
         self.feeding.store(true, Ordering::Release);
+        drop(q);
         self.notify.notify_one();
     }
     pub(crate) fn stop_feed(&self) {
@@ -369,6 +379,9 @@ impl Line {
         match slot {
             Some(f) if f.next == seq && f.headers_only == feed.headers_only => {
                 f.next = seq.next();
+                if !serving {
+                    self.fed_to.store(seq.next().0, Ordering::Release);
+                }
                 true
             }
             _ => false,
