@@ -148,7 +148,9 @@ impl Job {
     }
     /// Makes what was copied so far durable: what is left for the end is little.
     fn sync(&self) -> Result<(), StoreError> {
-        self.writer.file.sync().during(|| format!("syncing {}", file_name(self.writer.seg.no)))
+        let SegmentWriter { seg, file, .. } = &self.writer;
+        let written = seg.held.write(&**file);
+        written.and_then(|()| file.sync()).during(|| format!("syncing {}", file_name(seg.no)))
     }
     /// The segment that was being filled.
     pub(crate) fn into_target(self) -> Arc<Segment> {
