@@ -249,7 +249,7 @@ fn what_a_failed_sync_left_in_memory_outlives_a_recovery_that_is_killed_anywhere
         rig.write(1, &[1, 2]);
         rig.image.sync().unwrap();
         rig.write(2, &[5, 6]);
-        rig.disk.fail_call(Some(rig.disk.calls() + 1));
+        rig.disk.fail_call(Some(rig.disk.calls() + 2));
         assert!(rig.image.sync().is_err());
         let disk = rig.disk.kill();
         let calls = disk.calls();
