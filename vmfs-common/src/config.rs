@@ -111,7 +111,7 @@ pub struct StoreConfig {
     /// How often each image is scrubbed; 0 turns it off.
     #[serde(default = "default_scrub_interval")]
     pub scrub_interval: TimeSpan,
-    /// Bytes a second that compaction copies; 0 turns it off.
+    /// Bytes a second that compaction copies, four times that when it falls behind; 0 turns it off.
     #[serde(default = "default_compact_rate")]
     pub compact_rate: ByteSize,
 }

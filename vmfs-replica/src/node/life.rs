@@ -29,6 +29,8 @@ const BUSY_BYTES: u64 = 2 << 20;
 const FAILED_PAUSE_MS: u64 = 1_000;
 /// How often that is logged, in milliseconds.
 const FAILED_TOLD_MS: u64 = 60_000;
+/// How many times its rate compaction copies while segments take too much.
+const HURRIED: u64 = 4;
 /// Background I/O of the store per round.
 const BACKGROUND_BYTES: u64 = 8 << 20;
 /// Key of this node's own record among the images' meta records.
@@ -153,36 +155,50 @@ impl NodeInner {
             }
             let budget = if busy { 0 } else { BACKGROUND_BYTES };
             let resting = failed_at.is_some_and(|t| self.now().since(t) < FAILED_PAUSE_MS);
-            let more = !resting
-                && self.look_after_store(budget, &mut pace).unwrap_or_else(|e| {
+            let mut round = Round::default();
+            if !resting {
+                round = self.look_after_store(budget, &mut pace).unwrap_or_else(|e| {
                     failed_at = Some(self.now());
                     // A disk that has died fails each time: said now and then.
                     if told_at.is_none_or(|t| self.now().since(t) > FAILED_TOLD_MS) {
                         told_at = failed_at;
                         tracing::warn!("background work of the store: {e}");
                     }
-                    false
+                    Round::default()
                 });
+            }
             if self.now().since(last_sweep) > 1000 {
                 last_sweep = self.now();
                 self.sweep_deleted();
                 self.sweep_offered();
             }
-            std::thread::sleep(Duration::from_millis(if more && !busy { 5 } else { LOOK_MS }));
+            let soon = round.hurries || (round.more && !busy);
+            std::thread::sleep(Duration::from_millis(if soon { 5 } else { LOOK_MS }));
         }
     }
 
     /// One round of the store's background work. Segments become sparse while guests write, so compaction
     /// does not wait for a calm moment; its rate is what bounds it.
-    fn look_after_store(&self, budget_bytes: u64, pace: &mut Pace) -> Result<bool, StoreError> {
+    fn look_after_store(&self, budget_bytes: u64, pace: &mut Pace) -> Result<Round, StoreError> {
         let more = self.store.background(budget_bytes);
-        let allowed = pace.allowed(self.now());
+        let bloated = self.store.is_bloated();
+        let allowed = pace.allowed(self.now(), if bloated { HURRIED } else { 1 });
         let used = if allowed > 0 { self.store.compact(allowed) } else { Ok(0) };
         if let Ok(used) = used {
             pace.spend(used);
         }
-        more.and_then(|more| used.map(|_| more))
+        let hurries = bloated && used.as_ref().is_ok_and(|used| *used > 0);
+        more.and_then(|more| used.map(|_| Round { more, hurries }))
     }
+}
+
+/// What a round of background work has come to.
+#[derive(Default)]
+struct Round {
+    /// There is more to do for the store.
+    more: bool,
+    /// Segments take too much, and compaction goes on.
+    hurries: bool,
 }
 
 /// Keeps work to so many bytes a second. What was overdrawn is saved before more is allowed.
@@ -196,11 +212,12 @@ impl Pace {
     const fn new(rate_bytes_per_s: u64, now: Millis) -> Self {
         Self { rate_bytes_per_s, balance_bytes: 0, at: now }
     }
-    /// What may be done now; what is not used up within an eighth of a second lapses.
-    fn allowed(&mut self, now: Millis) -> u64 {
-        let earned = self.rate_bytes_per_s.saturating_mul(now.since(self.at)) / 1000;
+    /// What may be done now, at so many times the rate; what is not used up within an eighth of a second lapses.
+    fn allowed(&mut self, now: Millis, times: u64) -> u64 {
+        let rate_bytes_per_s = self.rate_bytes_per_s.saturating_mul(times);
+        let earned = rate_bytes_per_s.saturating_mul(now.since(self.at)) / 1000;
         self.at = now;
-        let most = i64::try_from(self.rate_bytes_per_s / 8).unwrap_or(i64::MAX);
+        let most = i64::try_from(rate_bytes_per_s / 8).unwrap_or(i64::MAX);
         let balance = self.balance_bytes.saturating_add_unsigned(earned);
         self.balance_bytes = balance.min(most);
         u64::try_from(self.balance_bytes).unwrap_or(0)
@@ -341,7 +358,7 @@ mod tests {
             let mut pace = Pace::new(100_000, Millis(0));
             let mut done = 0;
             for ms in (5..=10_000).step_by(5) {
-                if pace.allowed(Millis(ms)) > 0 {
+                if pace.allowed(Millis(ms), 1) > 0 {
                     done += step;
                     pace.spend(step);
                 }
@@ -350,8 +367,8 @@ mod tests {
             assert!(done >= 1_000_000 - step - 12_500, "{done} in steps of {step}");
         }
         let mut off = Pace::new(0, Millis(0));
-        assert_eq!(off.allowed(Millis(60_000)), 0);
+        assert_eq!(off.allowed(Millis(60_000), HURRIED), 0);
         let mut idle = Pace::new(80_000, Millis(0));
-        assert_eq!(idle.allowed(Millis(60_000)), 10_000, "what was not used lapses");
+        assert_eq!(idle.allowed(Millis(60_000), 1), 10_000, "what was not used lapses");
     }
 }

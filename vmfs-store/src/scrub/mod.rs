@@ -19,7 +19,7 @@ use crate::map::{Content, Entry};
 use crate::records::{Next, Record, Records};
 use crate::recover::checkpoint_name;
 use crate::rot::Rot;
-use crate::segment::{FIRST_PAGE, PAGE, PAGE_U64, Segment, file_name};
+use crate::segment::{FIRST_PAGE, PAGE, PAGE_U64, Segment};
 use crate::writer::{LogPos, RecordKind};
 
 /// A payload block whose bytes are not what was written.
