@@ -213,7 +213,9 @@ impl Machine {
         c.problem = None;
         c.attempts += 1;
         if c.forcing {
-            self.meta.forced = Some(ballot);
+            // Out of one that was split off before, it is still that one which would have to be abandoned.
+            let earlier = self.meta.forced.filter(|f| !self.meta.has_given_up() && self.has_begun(*f));
+            self.meta.forced = Some(earlier.unwrap_or(ballot));
         }
         self.meta.bid = Some((ballot, secret));
         out.push(Output::Report(Event::Bidding { ballot }));

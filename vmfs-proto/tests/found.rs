@@ -512,3 +512,31 @@ fn a_member_that_lags_votes_when_the_last_owner_it_knows_has_done_so() {
     assert!(c.holds(2, flushed));
     c.write_and_flush(2);
 }
+
+/// Seed 671671 of the simulator: abandoning the second of two lineages that a host was made to start, one out of the
+/// other, went back to the first, which nobody knew for one any more.
+#[test]
+fn abandoning_a_lineage_that_was_split_off_twice_ends_both() {
+    let mut c = cluster(&[Replica; 3]);
+    let flushed = c.write_and_flush(0);
+    c.run(1000);
+    c.isolate(2);
+    c.run(1000);
+    c.oracle.suspended = true;
+    for _ in 0..2 {
+        let token = c.op(2, |token| Input::Promote { force: true, token });
+        assert!(c.answer(token).is_ok(), "{}", c.describe());
+        c.write_and_flush(2);
+    }
+    assert!(c.status(2).forced);
+    c.write_and_flush(0);
+    let token = c.op(2, |token| Input::AbandonForced { token });
+    assert_eq!(c.answer(token), Ok(OpOutcome::Done));
+    c.run(2 * c.timing.lease_ms);
+    assert_eq!(c.nodes[2].head().epoch, flushed.epoch, "{}", c.describe());
+    c.heal_all();
+    c.until("one lineage", 20_000, |c| c.nodes[2].head() == c.nodes[0].head());
+    assert!(c.holds(2, flushed));
+    c.run(1000);
+    c.write_and_flush(0);
+}
