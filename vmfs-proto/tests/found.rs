@@ -523,9 +523,20 @@ fn abandoning_a_lineage_that_was_split_off_twice_ends_both() {
     c.isolate(2);
     c.run(1000);
     c.oracle.suspended = true;
-    for _ in 0..2 {
+    for second in [false, true] {
+        if second {
+            // Its only other member is away.
+            let new = c.add_host(Replica);
+            c.cut(0, new);
+            c.cut(1, new);
+            change(&mut c, 2, new, true);
+            c.write_and_flush(2);
+            c.crash(new);
+            c.run(1000);
+        }
         let token = c.op(2, |token| Input::Promote { force: true, token });
-        assert!(c.answer(token).is_ok(), "{}", c.describe());
+        let forced = matches!(c.answer(token), Ok(OpOutcome::Promoted { forced: true, .. }));
+        assert!(forced, "{}", c.describe());
         c.write_and_flush(2);
     }
     assert!(c.status(2).forced);
