@@ -148,10 +148,13 @@ pub(super) fn one<const N: usize>(states: &States<N>, n: usize) -> States<1> {
 /// SHA-256 of `N` blocks of 4 KiB, their rounds interleaved.
 #[target_feature(enable = "sha,sse2,ssse3,sse4.1")]
 pub(super) fn sha256<const N: usize>(blocks: [&[u8; BLOCK_BYTES]; N]) -> [[u8; 32]; N] {
-    let mut states = begin();
-    absorb(&mut states, blocks.map(|b| &b[..]));
-    absorb(&mut states, [&PADDING[..]; N]);
-    std::array::from_fn(|n| finish(&states, n))
+    let States { mut abef, mut cdgh } = begin::<N>();
+    // Of a length that is known, which is worth some percent.
+    for at in (0..BLOCK_BYTES).step_by(STEP_BYTES) {
+        compress(&mut abef, &mut cdgh, |n| &blocks[n][at..at + STEP_BYTES]);
+    }
+    compress(&mut abef, &mut cdgh, |_| &PADDING);
+    std::array::from_fn(|n| output(abef[n], cdgh[n]))
 }
 
 #[inline]
