@@ -72,6 +72,7 @@ impl World {
                 return false;
             }
         };
+        let whole = whole && store.rot().open.is_empty();
         // What a scrub did not find, or has not repaired, nobody will.
         match store.verify(&mut |_, _| {}) {
             Ok(report) if whole && true_writes && report.bad_blocks.len() + report.bad_updates.len() > 0 => {
