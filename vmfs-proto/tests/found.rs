@@ -26,6 +26,24 @@ fn promote(c: &mut Cluster, at: At) -> Result<OpOutcome, OpError> {
     c.answer(token)
 }
 
+fn fetches(c: &Cluster) -> bool {
+    c.nodes[1].machine.as_ref().unwrap().describe_role().starts_with("candidate Vouching")
+}
+
+/// Host 1 is a candidate, and asks host 2 for the headers of what it lacks. The owner, host 0, is gone.
+fn fetching() -> Cluster {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.cut(0, 1);
+    c.writes(0, 5);
+    c.run(20);
+    c.crash(0);
+    c.run(1000);
+    c.op(1, |token| Input::Promote { force: false, token });
+    c.until("asks for headers", 1000, fetches);
+    c
+}
+
 fn change(c: &mut Cluster, owner: At, at: At, add: bool) {
     let (id, kind) = (c.nodes[at].id.clone(), c.nodes[at].kind);
     let token = c.op(owner, |token| match add {
@@ -222,18 +240,8 @@ fn a_wrong_tag_is_found_by_the_next_update() {
 
 #[test]
 fn a_voters_suffix_that_does_not_reach_its_voted_head_is_refused() {
-    let mut c = cluster(&[Replica; 3]);
-    c.write_and_flush(0);
-    c.cut(0, 1);
-    c.writes(0, 5);
-    c.run(20);
-    c.crash(0);
-    c.run(1000);
+    let mut c = fetching();
     let before = c.nodes[1].head();
-    c.op(1, |token| Input::Promote { force: false, token });
-    c.until("asks for headers", 1000, |c| {
-        c.nodes[1].machine.as_ref().unwrap().describe_role().contains("Vouching")
-    });
     // Host 2 sends headers that chain, but are not those it voted for.
     let upto = c.nodes[2].head();
     let mut forged = c.nodes[2].log[usize::try_from(before.seq.0).unwrap()].0.header.clone();
@@ -366,17 +374,7 @@ fn what_a_member_has_voted_that_an_uncommitted_change_leaves_out_counts_for_the_
 /// epoch is over for the candidate.
 #[test]
 fn an_offer_that_is_refused_while_something_is_fetched_from_its_sender_is_answered() {
-    let mut c = cluster(&[Replica; 3]);
-    c.write_and_flush(0);
-    c.cut(0, 1);
-    c.writes(0, 5);
-    c.run(20);
-    c.crash(0);
-    c.run(1000);
-    c.op(1, |token| Input::Promote { force: false, token });
-    let fetches =
-        |c: &Cluster| c.nodes[1].machine.as_ref().unwrap().describe_role().starts_with("candidate Vouching");
-    c.until("asks for headers", 1000, fetches);
+    let mut c = fetching();
     let epoch = Epoch { number: 1, host: c.nodes[2].id.host };
     let start = Head { epoch, ..c.nodes[2].head() };
     let offer = ImageMsg::Offer { head: start, start, log_start: Seq(1), certificate: vec![], role: Replica };

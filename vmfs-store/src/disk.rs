@@ -16,6 +16,9 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use crate::error::{IoContext as _, StoreError};
 use crate::segment::PAGE_U64;
 
+/// Pages of the largest piece that the page cache keeps a file in: 2 MiB, aligned.
+const FOLIO_PAGES: u64 = 512;
+
 /// A directory tree that holds a store's files. Names are relative, `/`-separated, without `..`.
 pub trait Disk: Send + Sync {
     /// Opens `name`; creates it (and its parent directories) when `create` is set.
@@ -47,8 +50,8 @@ pub trait DiskFile: Send + Sync {
     /// On return, every earlier write to this file is on stable storage (fdatasync).
     fn sync(&self) -> io::Result<()>;
     /// Has `pages` (of 4096 bytes) read from the disk the next time, not from memory, unless they have been written
-    /// since the last [`DiskFile::sync`]: after a failed sync the memory has what the disk does not. A
-    /// request: pages that another process uses may stay.
+    /// since the last [`DiskFile::sync`]: after a failed sync the memory has what the disk does not. Pages around them
+    /// may go, too. A request: those that another process uses may stay.
     fn forget(&self, pages: Range<u64>) -> io::Result<()>;
     /// Current length in bytes.
     fn len_bytes(&self) -> io::Result<u64>;
@@ -186,10 +189,10 @@ impl DiskFile for RealFile {
         self.0.sync_data()
     }
     fn forget(&self, pages: Range<u64>) -> io::Result<()> {
-        let Some(len) = NonZeroU64::new((pages.end - pages.start).saturating_mul(PAGE_U64)) else {
-            return Ok(());
-        };
-        Ok(fadvise(&self.0, pages.start * PAGE_U64, Some(len), Advice::DontNeed)?)
+        // The kernel forgets nothing of a folio that is not forgotten whole.
+        let first = pages.start / FOLIO_PAGES * FOLIO_PAGES;
+        let bytes = (pages.end.next_multiple_of(FOLIO_PAGES) - first) * PAGE_U64;
+        Ok(fadvise(&self.0, first * PAGE_U64, NonZeroU64::new(bytes), Advice::DontNeed)?)
     }
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.0.metadata()?.len())

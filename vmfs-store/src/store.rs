@@ -284,7 +284,7 @@ impl Store {
     /// The disk's. What was not done stays due.
     pub fn background(&self, budget_bytes: u64) -> Result<bool, StoreError> {
         let images: Vec<_> = self.images.read().values().map(Arc::clone).collect();
-        self.shared.way.begin(self.is_any_bloated(&images));
+        self.shared.way.begin(self.is_bloated(&images));
         let mut first_error = None;
         for image in images {
             let dirty = self.shared.dirty_map_bytes.load(Ordering::Relaxed);
@@ -300,13 +300,13 @@ impl Store {
         first_error.map_or(Ok(more), Err)
     }
     /// What lies dead takes so much that giving it back is worth more than quick flushes: an image's segments take
-    /// more than 2.25 times its data and 128 MiB, or the disk is nearly full.
+    /// more than 2.25 times its data and 128 MiB, or the disk is nearly full. As the last call of
+    /// [`Store::background`] or [`Store::compact`] found it.
     #[must_use]
-    pub fn is_bloated(&self) -> bool {
-        let images: Vec<_> = self.images.read().values().map(Arc::clone).collect();
-        self.is_any_bloated(&images)
+    pub fn was_bloated(&self) -> bool {
+        self.shared.way.is_hurried()
     }
-    fn is_any_bloated(&self, images: &[Arc<ImageStore>]) -> bool {
+    fn is_bloated(&self, images: &[Arc<ImageStore>]) -> bool {
         self.shared.is_tight() || images.iter().any(|image| image.space_use().is_bloated())
     }
 
@@ -320,7 +320,7 @@ impl Store {
     /// The disk's. No image is changed by what failed.
     pub fn compact(&self, budget_bytes: u64) -> Result<u64, StoreError> {
         let mut images: Vec<_> = self.images.read().values().map(Arc::clone).collect();
-        self.shared.way.begin(self.is_any_bloated(&images));
+        self.shared.way.begin(self.is_bloated(&images));
         let turn = self.turns.fetch_add(1, Ordering::AcqRel) % images.len().max(1);
         images.rotate_left(turn);
         let (mut used, mut first_error) = (0, None);

@@ -62,6 +62,10 @@ impl Way {
         pause.busy = std::mem::replace(&mut pause.seen, flushes) != flushes;
         pause.ended = Instant::now();
     }
+    /// Whether the last work was begun in a hurry.
+    pub(crate) fn is_hurried(&self) -> bool {
+        self.hurry.load(Ordering::Relaxed)
+    }
     /// True while somebody flushes: then work is to be done by pieces. Otherwise that would only be slower, also
     /// for those who read.
     pub(crate) fn is_busy(&self) -> bool {
@@ -77,7 +81,7 @@ impl Way {
         let took = pause.ended.elapsed();
         drop(pause);
         if flushed {
-            let times = if self.hurry.load(Ordering::Relaxed) { 1 } else { UNHURRIED };
+            let times = if self.is_hurried() { 1 } else { UNHURRIED };
             std::thread::sleep(times * took.clamp(REST_MIN, REST_MAX));
         }
         self.pause.lock().ended = Instant::now();

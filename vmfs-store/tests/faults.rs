@@ -347,6 +347,23 @@ fn a_repair_is_read_back_from_the_disk() {
     assert_eq!((buf, scrubbed(&rig)), (right, Vec::new()));
 }
 
+/// Of a file that was written in large pieces, which the kernel keeps in pieces as large.
+#[test]
+fn one_page_that_is_forgotten_is_read_from_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FileDisk::open(dir.path()).unwrap();
+    let file = disk.open("f", true).unwrap();
+    file.write_at(&vec![7; 4 << 20], 0).unwrap();
+    file.sync().unwrap();
+    let in_memory = || file.read_soon(&mut [0; 4096], 100 * 4096).unwrap();
+    file.forget(100..101).unwrap();
+    if in_memory() {
+        // Unless the file system is in memory altogether.
+        file.forget(0..1024).unwrap();
+        assert!(in_memory(), "the page was kept");
+    }
+}
+
 /// The kernel gives up what the log has not synced in that file, too, and says so once to each descriptor.
 #[test]
 fn a_failed_sync_of_a_repair_is_heard_by_the_log() {

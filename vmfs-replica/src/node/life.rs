@@ -181,7 +181,7 @@ impl NodeInner {
     /// does not wait for a calm moment; its rate is what bounds it.
     fn look_after_store(&self, budget_bytes: u64, pace: &mut Pace) -> Result<Round, StoreError> {
         let more = self.store.background(budget_bytes);
-        let bloated = self.store.is_bloated();
+        let bloated = self.store.was_bloated();
         let allowed = pace.allowed(self.now(), if bloated { HURRIED } else { 1 });
         let used = if allowed > 0 { self.store.compact(allowed) } else { Ok(0) };
         if let Ok(used) = used {
