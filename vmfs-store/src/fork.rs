@@ -206,13 +206,13 @@ impl ImageStore {
         Ok(())
     }
 
-    /// Syncs everything and keeps others from appending and syncing.
+    /// Syncs everything, second copies too, and keeps others from appending and syncing.
     pub(crate) fn synced_and_alone(&self) -> Result<(SyncGuard<'_>, MutexGuard<'_, Tail>), StoreError> {
         loop {
-            self.sync()?;
+            self.sync_pairs()?;
             let excluded = self.exclude_syncs();
-            let tail = self.tail.lock();
-            if excluded.durable() == tail.head() {
+            let mut tail = self.tail.lock();
+            if excluded.durable() == tail.head() && tail.writers().all(|w| w.is_paired()) {
                 return Ok((excluded, tail));
             }
         }

@@ -12,7 +12,7 @@ use crate::pool::Spare;
 use crate::records::{Next, Record, Records};
 use crate::segment::Segment;
 use crate::shared::Shared;
-use crate::writer::{LogPos, RecordKind, SegmentWriter};
+use crate::writer::{LogPos, SegmentWriter};
 
 /// A segment of the log: it holds the updates after `start_seq` up to the next one's `start_seq`.
 #[derive(Clone)]
@@ -72,11 +72,6 @@ impl Tail {
     }
 }
 
-/// Number of the update whose header bytes these are.
-pub(crate) fn seq_of(body: &[u8]) -> Option<Seq> {
-    Some(Seq(u64::from_le_bytes(body.get(64..72)?.try_into().ok()?)))
-}
-
 /// Calls `f` with the log's updates `from..=end` and their records, until it returns false.
 ///
 /// # Errors
@@ -102,8 +97,7 @@ pub(crate) fn walk(
             let Next::Record(record) = records.next()? else {
                 return Err(StoreError::corrupt(format!("the log at update {want}")));
             };
-            let seq = seq_of(&record.body).filter(|_| record.kind == RecordKind::Update);
-            let seq = seq.ok_or_else(|| StoreError::corrupt(format!("the log at update {want}")))?;
+            let seq = record.seq().ok_or_else(|| StoreError::corrupt(format!("the log at update {want}")))?;
             if seq < want {
                 continue;
             }

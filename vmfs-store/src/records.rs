@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use vmfs_common::Digest;
 use vmfs_common::header::{HEADER_MAX_BYTES, Update};
+use vmfs_common::{Digest, Seq};
 
 use crate::error::{IoContext as _, StoreError};
 use crate::page::{HeaderPage, OtherVersion};
@@ -26,6 +26,11 @@ impl Record {
     /// The update header it holds.
     pub(crate) fn update(&self) -> Result<Update, StoreError> {
         Update::decode(&self.body).map_err(|_| StoreError::corrupt("an update in the log"))
+    }
+    /// Number of the update it holds, if it is one.
+    pub(crate) fn seq(&self) -> Option<Seq> {
+        let bytes = self.body.get(64..72).filter(|_| self.kind == RecordKind::Update)?;
+        Some(Seq(u64::from_le_bytes(bytes.try_into().ok()?)))
     }
     /// Digest of payload block number `at`.
     pub(crate) fn digest_of(&self, at: usize) -> Option<Digest> {

@@ -19,6 +19,7 @@ use crate::map::Content;
 use crate::map::overlay::Overlay;
 use crate::map::tree::Base;
 use crate::records::{Next, Record, Records};
+use crate::scrub::segments::complete_pairs;
 use crate::segment::{Class, Kind, Segment, SegmentHeader, file_name};
 use crate::shared::Shared;
 use crate::writer::{LogPos, RecordKind};
@@ -163,8 +164,7 @@ pub(crate) fn recover(
         settled.extend(on_path);
     };
     for step in &path {
-        // Written by an earlier process, which may not have come to the second copies of its last pages.
-        step.part.seg.unpaired.store(true, Ordering::Relaxed);
+        complete_pairs(shared, &step.part.seg, step.pos, marked)?;
     }
 
     let mut rebuilt =
@@ -490,7 +490,7 @@ impl ImageStore {
     }
 
     /// After a failed sync the page cache is not believed: writes every update after the checkpoint
-    /// again, into segments that count only once a checkpoint lists them.
+    /// again, into segments that count only once a checkpoint lists them. Durable on return, whichever checkpoint is lost.
     fn rewrite_tail(&self, checkpoint: Head, body: &Body) -> Result<(), StoreError> {
         let (old_chain, old_head) = {
             let tail = self.tail.lock();
@@ -529,6 +529,11 @@ impl ImageStore {
             tail.shadow = false;
         }
         self.checkpoint_locked(&mut self.checkpoints.lock(), true)?;
+        // A recovery that has to begin from the older checkpoint finds the log through them, too.
+        let chain = Arc::clone(&self.tail.lock().chain);
+        for part in chain.iter() {
+            SegmentHeader::publish(part.seg.no, &*self.shared.files.segment(part.seg.no)?)?;
+        }
         self.shared.disk.remove(&mark_name(self.id)).during(|| "removing a mark".into())?;
         self.shared.disk.sync_names("mark").during(|| "removing a mark".into())
     }

@@ -77,8 +77,6 @@ pub(crate) struct Segment {
     pub(crate) prepared: AtomicBool,
     /// Pages from its start on that surely have been written once, when it is no longer written to.
     pub(crate) written_pages: AtomicU32,
-    /// The second copies of its last header pages may never have been written.
-    pub(crate) unpaired: AtomicBool,
     /// Header pages not yet on disk, and the index, while the segment is written to.
     pub(crate) live: Mutex<Option<Live>>,
     /// Payload that is not in the file yet.
@@ -93,7 +91,6 @@ impl Segment {
             generation,
             prepared: AtomicBool::new(prepared),
             written_pages: AtomicU32::new(0),
-            unpaired: AtomicBool::new(false),
             live: Mutex::new(None),
             held: Held::default(),
         }
@@ -217,6 +214,21 @@ impl SegmentHeader {
     pub(crate) fn write(&self, no: u32, file: &dyn DiskFile) -> Result<(), StoreError> {
         let page = self.encode();
         file.write_at(&[page.as_slice(), &page].concat(), 0).during(|| format!("writing {}", file_name(no)))
+    }
+    /// Makes a shadow segment that a checkpoint lists part of the log for good, one copy after the other. Durable on
+    /// return; one of the log is left as it is.
+    pub(crate) fn publish(no: u32, file: &dyn DiskFile) -> Result<(), StoreError> {
+        let Some(header) = Self::read(no, file)? else { return Ok(()) };
+        let page = Self { kind: Kind::Log, ..header }.encode();
+        for copy in 0..2 {
+            let mut found = vec![0u8; PAGE];
+            file.read_at(&mut found, copy * PAGE_U64).during(|| format!("reading {}", file_name(no)))?;
+            if found != page {
+                let written = file.write_at(&page, copy * PAGE_U64).and_then(|()| file.sync());
+                written.during(|| format!("writing {}", file_name(no)))?;
+            }
+        }
+        Ok(())
     }
     /// Reads the newer of the two copies; `None` when neither is a header.
     pub(crate) fn read(no: u32, file: &dyn DiskFile) -> Result<Option<Self>, StoreError> {

@@ -276,6 +276,15 @@ impl SegmentWriter {
         }
     }
 
+    /// True when both copies of everything appended have been written and synced.
+    pub(crate) fn is_paired(&self) -> bool {
+        let guard = self.seg.live.lock();
+        let live = guard.as_ref().expect("invariant: a segment with a writer is live");
+        let open = live.open.write_no == 0 || self.paired == (live.open.page, live.open.write_no);
+        let written = !live.dirty && live.full.is_empty() && !self.unsynced;
+        open && written && self.mirror.is_empty() && self.mirror_next.is_empty()
+    }
+
     /// Pages whose two copies are not both what they will be: they are in memory, too.
     pub(crate) fn unfinished_pages(&self) -> Vec<u16> {
         let guard = self.seg.live.lock();

@@ -72,10 +72,9 @@ impl World {
                 return false;
             }
         };
-        // Damage to what describes the payload hides it; it is reported by itself. A witness has nothing else
-        // (docs/testing.md tells what it does not see there).
+        // Damage to what describes the payload hides it; it is reported by itself.
         let of_payload = |what: &String| what.starts_with("block ") || what.starts_with("payload ");
-        let described = store.rot().open.iter().all(of_payload) && store.kind() != MemberRole::Witness;
+        let described = store.rot().open.iter().all(of_payload);
         // What a scrub did not find, or has not repaired, nobody will.
         match store.verify(&mut |_, _| {}) {
             Ok(report)
@@ -131,12 +130,18 @@ impl World {
         };
         let Some(begun) = begun else { return };
         let budget = self.rng.between(1, 256 << 10);
+        let found = |world: &Self| world.hosts[at].copy().map_or(0, |copy| copy.store.rot().found);
+        let before = found(self);
         let stepped = begun.and_then(|mut scrub| {
             let step = self.scrub_step(at, &mut scrub, budget)?;
             Ok((scrub, step))
         });
         let excused = self.hosts[at].is_excused() || self.hosts[at].stop_call.is_some();
         match stepped {
+            Ok(_) if found(self) > before && !self.hosts[at].bad_disk && !excused => {
+                let rot = self.hosts[at].copy().map(|copy| copy.store.rot());
+                self.fail(Check::SoundIsWhole, format!("a scrub of host {at} found damage: {rot:?}"));
+            }
             Ok((_, step)) if step.found > 0 && !self.hosts[at].bad_disk => {
                 let what = format!("a scrub of host {at} found {} damaged blocks", step.found);
                 self.fail(Check::SoundIsWhole, what);

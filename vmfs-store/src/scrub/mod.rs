@@ -1,7 +1,8 @@
 //! Reading everything an image has on the disk, a little at a time, and repairing what can be repaired
 //! from this disk alone. What cannot (payload, above all) is handed to the caller, who knows other copies.
 
-mod segments;
+mod described;
+pub(crate) mod segments;
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use crate::map::{Content, Entry};
 use crate::records::{Next, Record, Records};
 use crate::recover::checkpoint_name;
 use crate::rot::Rot;
+use crate::scrub::described::{Reach, Reached};
 use crate::segment::{FIRST_PAGE, PAGE, PAGE_U64, Segment};
 use crate::writer::{LogPos, RecordKind};
 
@@ -69,8 +71,20 @@ enum Stage {
     /// Segments, by generation.
     Segments,
     /// In the middle of one.
-    Records(Arc<Segment>, LogPos),
+    Records(Walk),
+    /// The blocks of the content from this one on: whether records describe them.
+    Described(u64),
     Done,
+}
+
+/// How far a segment has been read.
+#[derive(Clone)]
+struct Walk {
+    seg: Arc<Segment>,
+    pos: LogPos,
+    /// The last update met.
+    last: Option<Seq>,
+    reach: Reach,
 }
 
 /// A look at everything an image has on the disk. Between two steps it pins one segment at most.
@@ -83,6 +97,7 @@ pub struct Scrub {
     upto: u64,
     progress: ScrubProgress,
     bad: Vec<BadPayload>,
+    reached: Reached,
 }
 
 impl std::fmt::Debug for Scrub {
@@ -120,6 +135,7 @@ impl ImageStore {
             upto,
             progress,
             bad: Vec::new(),
+            reached: Reached::default(),
         }
     }
 
@@ -270,7 +286,8 @@ impl Scrub {
                     }
                 }
                 Stage::Segments => self.next_segment()?,
-                Stage::Records(seg, pos) => self.records(&seg, pos, until)?,
+                Stage::Records(walk) => self.records(walk, until)?,
+                Stage::Described(from) => self.described(from, until)?,
                 Stage::Done => {
                     self.image.shared.rot.end_pass(Some(self.image.id));
                     self.progress.done_bytes = self.progress.total_bytes;
@@ -287,6 +304,7 @@ impl Scrub {
     }
 
     fn next_segment(&mut self) -> Result<(), StoreError> {
+        self.stage = Stage::Described(0);
         let segments = Arc::clone(&self.image.map.read().content.segments);
         let ahead = segments.values().filter(|s| s.generation > self.after && s.generation < self.upto);
         let Some(seg) = ahead.min_by_key(|s| s.generation).map(Arc::clone) else { return Ok(()) };
@@ -295,28 +313,35 @@ impl Scrub {
         self.progress.read_bytes += self.image.scrub_segment_header(&seg)?;
         self.progress.read_bytes += self.image.scrub_header_pages(&seg)?;
         let page = u16::try_from(FIRST_PAGE).expect("invariant: a small constant");
-        let start = LogPos { generation: seg.generation, page, index: 0, offset: 0 };
-        self.stage = Stage::Records(seg, start);
+        let pos = LogPos { generation: seg.generation, page, index: 0, offset: 0 };
+        let reach = self.image.reach_of(&seg);
+        self.stage = Stage::Records(Walk { seg, pos, last: None, reach });
         Ok(())
     }
 
     /// Goes on in one segment until the read bytes reach `until`.
-    fn records(&mut self, seg: &Arc<Segment>, mut pos: LogPos, until: u64) -> Result<(), StoreError> {
+    fn records(&mut self, mut walk: Walk, until: u64) -> Result<(), StoreError> {
         let image = Arc::clone(&self.image);
-        let kept = Kept::of(&image, seg);
+        let seg = Arc::clone(&walk.seg);
+        // Before the first record is read: what is appended meanwhile is not missed.
+        let kept = Kept::of(&image, &seg);
         // Where it goes on if this fails.
-        self.stage = Stage::Records(Arc::clone(seg), pos);
-        let mut records = Records::from_pos(&image.shared, seg, pos)?;
+        self.stage = Stage::Records(walk.clone());
+        let mut records = Records::from_pos(&image.shared, &seg, walk.pos)?;
         loop {
             if self.progress.read_bytes >= until {
-                self.stage = Stage::Records(Arc::clone(seg), pos);
+                self.stage = Stage::Records(walk);
                 return Ok(());
             }
             let Next::Record(record) = records.next()? else { break };
-            self.progress.read_bytes += check_record(&image, seg, &record, &kept, &mut self.bad)?;
+            self.progress.read_bytes += check_record(&image, &seg, &record, &kept, &mut self.bad)?;
+            walk.last = record.seq().or(walk.last);
+            walk.reach.met(&record);
             let Some(next) = records.position() else { break };
-            pos = next;
+            walk.pos = next;
         }
+        kept.note_missing(&image, &seg, walk.last);
+        self.reached.insert(&seg, walk.reach);
         self.after = seg.generation;
         self.progress.done_bytes =
             (self.progress.done_bytes + seg.class.bytes()).min(self.progress.total_bytes);

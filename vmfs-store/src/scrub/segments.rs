@@ -1,40 +1,30 @@
 //! The two copies of a segment's header and of its header pages.
 
-use std::sync::atomic::Ordering;
-
+use crate::disk::DiskFile;
 use crate::error::{IoContext as _, StoreError};
 use crate::image::ImageStore;
 use crate::page::HeaderPage;
 use crate::records::other_version;
 use crate::segment::{FIRST_PAGE, PAGE, PAGE_U64, Segment, SegmentHeader, file_name};
+use crate::shared::Shared;
+use crate::writer::LogPos;
 
 impl ImageStore {
     /// Looks at both copies of a segment's header. Returns the bytes read.
     pub(super) fn scrub_segment_header(&self, seg: &Segment) -> Result<u64, StoreError> {
         let file = self.shared.files.segment_apart(seg.no)?;
-        let name = || file_name(seg.no);
-        let mut pages = vec![0u8; 2 * PAGE];
-        file.read_at(&mut pages, 0).during(|| format!("reading {}", name()))?;
-        // Another version is an error as when the store is opened.
-        SegmentHeader::read(seg.no, &*file)?;
-        let whole = |page: &[u8]| {
-            SegmentHeader::decode(page).ok().flatten().is_some_and(|h| h.generation == seg.generation)
-        };
-        let (a, b) = pages.split_at(PAGE);
-        let (good, at) = match (whole(a), whole(b)) {
-            (true, true) => return Ok(2 * PAGE_U64),
-            (true, false) => (a, PAGE_U64),
-            (false, true) => (b, 0),
-            (false, false) => {
-                self.shared.rot.found(Some(self.id), &format!("header of {}", name()));
-                return Ok(2 * PAGE_U64);
+        match header_copies(seg, &*file)? {
+            HeaderCopies::Whole => {}
+            HeaderCopies::Lone(copy) => {
+                let what = copy.name(seg);
+                self.shared.rot.found(Some(self.id), &what);
+                complete(seg, &*file, &[copy])?;
+                self.shared.rot.repaired(Some(self.id), &what, "from its second copy");
             }
-        };
-        let what = format!("page {} of {}", at / PAGE_U64, name());
-        self.shared.rot.found(Some(self.id), &what);
-        file.write_at(good, at).during(|| format!("repairing {}", name()))?;
-        file.sync().during(|| format!("repairing {}", name()))?;
-        self.shared.rot.repaired(Some(self.id), &what, "from its second copy");
+            HeaderCopies::Lost => {
+                self.shared.rot.found(Some(self.id), &format!("header of {}", file_name(seg.no)));
+            }
+        }
         Ok(2 * PAGE_U64)
     }
 
@@ -56,7 +46,7 @@ impl ImageStore {
     }
 
     /// Looks at both copies of every header page of a segment, except those that are still to be written.
-    /// Returns the bytes read.
+    /// Returns the bytes read. Where both are damaged, what was in them is missed later.
     pub(super) fn scrub_header_pages(&self, seg: &Segment) -> Result<u64, StoreError> {
         let unfinished = {
             let mut tail = self.tail.lock();
@@ -67,61 +57,134 @@ impl ImageStore {
             self.scrub_open_page(seg)?;
         }
         let file = self.shared.files.segment_apart(seg.no)?;
-        let unpaired = seg.unpaired.load(Ordering::Relaxed);
-        let (mut read, mut written) = (0, Vec::new());
-        let (mut page, mut index) = (u16::try_from(FIRST_PAGE).expect("invariant: a small constant"), 0u16);
-        while u32::from(page) + 2 <= seg.class.pages() && !unfinished.contains(&page) {
-            let mut pair = vec![0u8; 2 * PAGE];
-            file.read_at(&mut pair, u64::from(page) * PAGE_U64)
-                .during(|| format!("reading {}", file_name(seg.no)))?;
-            read += 2 * PAGE_U64;
-            let (a, b) = pair.split_at(PAGE);
-            let parse = |raw: &[u8]| {
-                HeaderPage::parse(raw, page, index, seg.generation).map_err(|v| other_version(seg, page, v))
-            };
-            let (first, second) = (parse(a)?, parse(b)?);
-            let newer = match (&first, &second) {
-                (Some(x), Some(y)) => usize::from(y.write_no > x.write_no),
-                (Some(_), None) => 0,
-                (None, Some(_)) => 1,
-                (None, None) => {
-                    let meant = [a, b].iter().any(|raw| HeaderPage::is_meant(raw, seg.generation));
-                    // A segment may have been begun and a page linked without anything coming into it.
-                    if meant || (index > 0 && !unpaired) {
-                        let what = format!("both copies of page {page} of {}", file_name(seg.no));
-                        self.shared.rot.found(Some(self.id), &what);
-                    }
-                    break;
-                }
-            };
-            let same = first.as_ref().zip(second.as_ref()).is_some_and(|(x, y)| x.write_no == y.write_no);
-            let (good, other) = if newer == 0 { (a, b) } else { (b, a) };
-            if !same {
-                let damaged = if newer == 0 { second.is_none() } else { first.is_none() };
-                let at = u64::from(page) + 1 - newer as u64;
-                let what = format!("page {at} of {}", file_name(seg.no));
-                let known = damaged && (!unpaired || HeaderPage::is_meant(other, seg.generation));
-                if known {
-                    self.shared.rot.found(Some(self.id), &what);
-                }
-                file.write_at(good, at * PAGE_U64).during(|| format!("repairing {}", file_name(seg.no)))?;
-                written.push((what, known));
-            }
-            let next = if newer == 0 { &first } else { &second }.as_ref().map_or(0, |p| p.next);
-            if next <= page {
-                break;
-            }
-            (page, index) = (next, index + 1);
+        let (pairs, copies) =
+            lone_copies(seg, &*file, first_page(), false, |page| unfinished.contains(&page))?;
+        let damaged = || copies.iter().filter(|c| c.damaged).map(|c| c.name(seg));
+        for what in damaged() {
+            self.shared.rot.found(Some(self.id), &what);
         }
-        if !written.is_empty() {
-            file.sync().during(|| format!("repairing {}", file_name(seg.no)))?;
+        complete(seg, &*file, &copies)?;
+        for what in damaged() {
+            self.shared.rot.repaired(Some(self.id), &what, "from its second copy");
         }
-        for (what, _) in written.iter().filter(|(_, known)| *known) {
-            self.shared.rot.repaired(Some(self.id), what, "from its second copy");
-        }
-        if unfinished.is_empty() {
-            seg.unpaired.store(false, Ordering::Relaxed);
-        }
-        Ok(read)
+        Ok(pairs * 2 * PAGE_U64)
     }
+}
+
+/// The two copies of a segment's header.
+enum HeaderCopies {
+    Whole,
+    Lone(LoneCopy),
+    Lost,
+}
+
+fn header_copies(seg: &Segment, file: &dyn DiskFile) -> Result<HeaderCopies, StoreError> {
+    let mut pages = vec![0u8; 2 * PAGE];
+    file.read_at(&mut pages, 0).during(|| format!("reading {}", file_name(seg.no)))?;
+    // Another version is an error as when the store is opened.
+    SegmentHeader::read(seg.no, file)?;
+    let whole = |page: &[u8]| {
+        SegmentHeader::decode(page).ok().flatten().is_some_and(|h| h.generation == seg.generation)
+    };
+    let (a, b) = pages.split_at(PAGE);
+    let lone = |good: &[u8], at| HeaderCopies::Lone(LoneCopy { at, damaged: true, good: good.to_vec() });
+    Ok(match (whole(a), whole(b)) {
+        (true, true) => HeaderCopies::Whole,
+        (true, false) => lone(a, 1),
+        (false, true) => lone(b, 0),
+        (false, false) => HeaderCopies::Lost,
+    })
+}
+
+/// Where the header pages of a segment begin: page and index.
+fn first_page() -> (u16, u16) {
+    (u16::try_from(FIRST_PAGE).expect("invariant: a small constant"), 0)
+}
+
+/// A page whose copies are not the same.
+struct LoneCopy {
+    /// The page to be written.
+    at: u64,
+    /// It does not hold an older version, either.
+    damaged: bool,
+    good: Vec<u8>,
+}
+
+impl LoneCopy {
+    fn name(&self, seg: &Segment) -> String {
+        format!("page {} of {}", self.at, file_name(seg.no))
+    }
+}
+
+/// Reads the pairs of header pages that lead from one (page and index) to the next, until there is none or `stop`
+/// says so. Returns how many were read, and those that differ; with `all`, every one.
+fn lone_copies(
+    seg: &Segment,
+    file: &dyn DiskFile,
+    (mut page, mut index): (u16, u16),
+    all: bool,
+    stop: impl Fn(u16) -> bool,
+) -> Result<(u64, Vec<LoneCopy>), StoreError> {
+    let (mut pairs, mut copies) = (0, Vec::new());
+    while u32::from(page) + 2 <= seg.class.pages() && !stop(page) {
+        let mut pair = vec![0u8; 2 * PAGE];
+        file.read_at(&mut pair, u64::from(page) * PAGE_U64)
+            .during(|| format!("reading {}", file_name(seg.no)))?;
+        pairs += 1;
+        let (a, b) = pair.split_at(PAGE);
+        let parse = |raw: &[u8]| {
+            HeaderPage::parse(raw, page, index, seg.generation).map_err(|v| other_version(seg, page, v))
+        };
+        let (first, second) = (parse(a)?, parse(b)?);
+        let write_no = |p: &Option<HeaderPage>| p.as_ref().map(|p| p.write_no);
+        let second_is_newer = write_no(&second) > write_no(&first);
+        let (good, newer, older) = if second_is_newer { (b, second, first) } else { (a, first, second) };
+        let Some(newer) = newer else { break };
+        let at = |second: bool| u64::from(page) + u64::from(second);
+        if all || older.as_ref().is_none_or(|o| o.write_no != newer.write_no) {
+            copies.push(LoneCopy { at: at(!second_is_newer), damaged: older.is_none(), good: good.to_vec() });
+        }
+        if all {
+            copies.push(LoneCopy { at: at(second_is_newer), damaged: false, good: good.to_vec() });
+        }
+        if newer.next <= page {
+            break;
+        }
+        (page, index) = (newer.next, index + 1);
+    }
+    Ok((pairs, copies))
+}
+
+/// Writes the other copies. Durable on return.
+fn complete(seg: &Segment, file: &dyn DiskFile, copies: &[LoneCopy]) -> Result<(), StoreError> {
+    if copies.is_empty() {
+        return Ok(());
+    }
+    let what = || format!("repairing {}", file_name(seg.no));
+    // Else a power cut could take the good copy, if it is in the page cache alone, while the other one is torn.
+    file.sync().during(what)?;
+    for copy in copies {
+        file.write_at(&copy.good, copy.at * PAGE_U64).during(what)?;
+    }
+    file.sync().during(what)
+}
+
+/// Makes the second copies that the process before this one did not come to, or that were torn: from `pos` on, or
+/// in the whole segment, its header too. After a failed sync (`marked`) what looks whole may be in the page cache alone:
+/// writes everything again. Durable on return.
+pub(crate) fn complete_pairs(
+    shared: &Shared,
+    seg: &Segment,
+    pos: Option<LogPos>,
+    marked: bool,
+) -> Result<(), StoreError> {
+    let file = shared.files.segment(seg.no)?;
+    let from = pos.map_or_else(first_page, |p| (p.page, p.index));
+    let (_, mut copies) = lone_copies(seg, &*file, from, marked, |_| false)?;
+    if pos.is_none()
+        && let HeaderCopies::Lone(copy) = header_copies(seg, &*file)?
+    {
+        copies.push(copy);
+    }
+    complete(seg, &*file, &copies)
 }
