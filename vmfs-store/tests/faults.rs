@@ -267,6 +267,37 @@ fn what_a_failed_sync_left_in_memory_outlives_a_recovery_that_is_killed_anywhere
     }
 }
 
+/// What was durable before the failed sync is in one of the two copies of a header page, and the recovery writes both.
+#[test]
+fn what_was_durable_before_a_failed_sync_outlives_a_recovery_that_loses_power_anywhere() {
+    for seed in 0..24 {
+        for n in 0.. {
+            let mut rig = Rig::new();
+            let mut durable = rig.image.head();
+            for i in 0..3 {
+                rig.write(10 * i, &[i + 1, 2]);
+                durable = rig.image.sync().unwrap();
+            }
+            rig.write(2, &[5, 6]);
+            rig.disk.fail_syncs(true);
+            assert!(rig.image.sync().is_err());
+            rig.disk.fail_syncs(false);
+            let disk = rig.disk.kill();
+            let calls = disk.calls();
+            disk.stop_at_call(Some(calls + n));
+            let whole = open(&disk, small()).is_ok() && disk.calls() <= calls + n;
+            rig.reopen(disk.power_cut(seed));
+            let head = rig.image.head();
+            assert!(head.seq >= durable.seq, "seed {seed}: power lost at call {n} of the recovery: {head:?}");
+            rig.model.check(&rig.image);
+            if whole {
+                assert!(n > 10, "only {n} calls");
+                break;
+            }
+        }
+    }
+}
+
 /// Seed 610209 of the simulator: the disk that fails a sync fails what would have told of it, too.
 #[test]
 fn a_failed_sync_that_could_leave_no_mark_is_not_believed_by_the_next_process_either() {

@@ -87,7 +87,7 @@ fn header_copies(seg: &Segment, file: &dyn DiskFile) -> Result<HeaderCopies, Sto
         SegmentHeader::decode(page).ok().flatten().is_some_and(|h| h.generation == seg.generation)
     };
     let (a, b) = pages.split_at(PAGE);
-    let lone = |good: &[u8], at| HeaderCopies::Lone(LoneCopy { at, damaged: true, good: good.to_vec() });
+    let lone = |good: &[u8], at| HeaderCopies::Lone(LoneCopy::damaged(at, good));
     Ok(match (whole(a), whole(b)) {
         (true, true) => HeaderCopies::Whole,
         (true, false) => lone(a, 1),
@@ -101,23 +101,27 @@ fn first_page() -> (u16, u16) {
     (u16::try_from(FIRST_PAGE).expect("invariant: a small constant"), 0)
 }
 
-/// A page whose copies are not the same.
+/// A page that is to be written from the good one of its two copies.
 struct LoneCopy {
-    /// The page to be written.
     at: u64,
     /// It does not hold an older version, either.
     damaged: bool,
+    /// It is the good copy itself, which may be in the page cache alone.
+    doubted: bool,
     good: Vec<u8>,
 }
 
 impl LoneCopy {
+    fn damaged(at: u64, good: &[u8]) -> Self {
+        Self { at, damaged: true, doubted: false, good: good.to_vec() }
+    }
     fn name(&self, seg: &Segment) -> String {
         format!("page {} of {}", self.at, file_name(seg.no))
     }
 }
 
 /// Reads the pairs of header pages that lead from one (page and index) to the next, until there is none or `stop`
-/// says so. Returns how many were read, and those that differ; with `all`, every one.
+/// says so. Returns how many were read, and the copies that differ; with `all`, both of every page.
 fn lone_copies(
     seg: &Segment,
     file: &dyn DiskFile,
@@ -140,12 +144,15 @@ fn lone_copies(
         let second_is_newer = write_no(&second) > write_no(&first);
         let (good, newer, older) = if second_is_newer { (b, second, first) } else { (a, first, second) };
         let Some(newer) = newer else { break };
-        let at = |second: bool| u64::from(page) + u64::from(second);
-        if all || older.as_ref().is_none_or(|o| o.write_no != newer.write_no) {
-            copies.push(LoneCopy { at: at(!second_is_newer), damaged: older.is_none(), good: good.to_vec() });
-        }
+        let mut push = |second: bool, damaged, doubted| {
+            let at = u64::from(page) + u64::from(second);
+            copies.push(LoneCopy { at, damaged, doubted, good: good.to_vec() });
+        };
         if all {
-            copies.push(LoneCopy { at: at(second_is_newer), damaged: false, good: good.to_vec() });
+            push(second_is_newer, false, true);
+        }
+        if all || older.as_ref().is_none_or(|o| o.write_no != newer.write_no) {
+            push(!second_is_newer, older.is_none(), false);
         }
         if newer.next <= page {
             break;
@@ -155,18 +162,21 @@ fn lone_copies(
     Ok((pairs, copies))
 }
 
-/// Writes the other copies. Durable on return.
+/// Writes these copies. Durable on return. Never both of a page at once: a power cut could take the good copy, if it is in
+/// the page cache alone, while the other one is torn. The good ones go first: what the disk has in their place is the
+/// same, or an older version than in the other place.
 fn complete(seg: &Segment, file: &dyn DiskFile, copies: &[LoneCopy]) -> Result<(), StoreError> {
     if copies.is_empty() {
         return Ok(());
     }
     let what = || format!("repairing {}", file_name(seg.no));
-    // Else a power cut could take the good copy, if it is in the page cache alone, while the other one is torn.
-    file.sync().during(what)?;
-    for copy in copies {
-        file.write_at(&copy.good, copy.at * PAGE_U64).during(what)?;
+    for doubted in [true, false] {
+        for copy in copies.iter().filter(|c| c.doubted == doubted) {
+            file.write_at(&copy.good, copy.at * PAGE_U64).during(what)?;
+        }
+        file.sync().during(what)?;
     }
-    file.sync().during(what)
+    Ok(())
 }
 
 /// Makes the second copies that the process before this one did not come to, or that were torn: from `pos` on, or
