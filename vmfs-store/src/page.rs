@@ -160,6 +160,10 @@ impl HeaderPage {
             bytes,
         }))
     }
+    /// True when the page is surely meant to be a header page of this segment, whole or not.
+    pub(crate) fn is_meant(b: &[u8], generation: u64) -> bool {
+        b[..4] == MAGIC.to_le_bytes() && b[8..16] == generation.to_le_bytes()
+    }
 }
 
 #[cfg(test)]

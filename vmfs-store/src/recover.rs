@@ -164,7 +164,7 @@ pub(crate) fn recover(
         settled.extend(on_path);
     };
     for step in &path {
-        complete_pairs(shared, &step.part.seg, step.pos, marked)?;
+        complete_pairs(shared, loaded.image, &step.part.seg, step.pos, marked)?;
     }
 
     let mut rebuilt =

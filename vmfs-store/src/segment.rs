@@ -210,6 +210,10 @@ impl SegmentHeader {
             link: decode_head(&mut r)?,
         }))
     }
+    /// True when the page is surely meant to be a segment header, whole or not.
+    pub(crate) fn is_meant(page: &[u8]) -> bool {
+        page.starts_with(&MAGIC)
+    }
     /// Writes both copies. Not synced.
     pub(crate) fn write(&self, no: u32, file: &dyn DiskFile) -> Result<(), StoreError> {
         let page = self.encode();

@@ -1,5 +1,7 @@
 //! The two copies of a segment's header and of its header pages.
 
+use vmfs_common::ImageId;
+
 use crate::disk::DiskFile;
 use crate::error::{IoContext as _, StoreError};
 use crate::image::ImageStore;
@@ -87,11 +89,14 @@ fn header_copies(seg: &Segment, file: &dyn DiskFile) -> Result<HeaderCopies, Sto
         SegmentHeader::decode(page).ok().flatten().is_some_and(|h| h.generation == seg.generation)
     };
     let (a, b) = pages.split_at(PAGE);
-    let lone = |good: &[u8], at| HeaderCopies::Lone(LoneCopy::damaged(at, good));
+    let lone = |good: &[u8], other: &[u8], at| {
+        let meant = SegmentHeader::is_meant(other);
+        HeaderCopies::Lone(LoneCopy { at, damaged: true, meant, doubted: false, good: good.to_vec() })
+    };
     Ok(match (whole(a), whole(b)) {
         (true, true) => HeaderCopies::Whole,
-        (true, false) => lone(a, 1),
-        (false, true) => lone(b, 0),
+        (true, false) => lone(a, b, 1),
+        (false, true) => lone(b, a, 0),
         (false, false) => HeaderCopies::Lost,
     })
 }
@@ -106,15 +111,14 @@ struct LoneCopy {
     at: u64,
     /// It does not hold an older version, either.
     damaged: bool,
+    /// And it is surely meant to hold one: it was damaged, or torn by a power cut, and not just never written.
+    meant: bool,
     /// It is the good copy itself, which may be in the page cache alone.
     doubted: bool,
     good: Vec<u8>,
 }
 
 impl LoneCopy {
-    fn damaged(at: u64, good: &[u8]) -> Self {
-        Self { at, damaged: true, doubted: false, good: good.to_vec() }
-    }
     fn name(&self, seg: &Segment) -> String {
         format!("page {} of {}", self.at, file_name(seg.no))
     }
@@ -144,15 +148,17 @@ fn lone_copies(
         let second_is_newer = write_no(&second) > write_no(&first);
         let (good, newer, older) = if second_is_newer { (b, second, first) } else { (a, first, second) };
         let Some(newer) = newer else { break };
-        let mut push = |second: bool, damaged, doubted| {
-            let at = u64::from(page) + u64::from(second);
-            copies.push(LoneCopy { at, damaged, doubted, good: good.to_vec() });
-        };
+        let at = |second: bool| u64::from(page) + u64::from(second);
+        let good = good.to_vec();
         if all {
-            push(second_is_newer, false, true);
+            let at = at(second_is_newer);
+            copies.push(LoneCopy { at, damaged: false, meant: false, doubted: true, good: good.clone() });
         }
         if all || older.as_ref().is_none_or(|o| o.write_no != newer.write_no) {
-            push(!second_is_newer, older.is_none(), false);
+            let other = if second_is_newer { a } else { b };
+            let damaged = older.is_none();
+            let meant = damaged && HeaderPage::is_meant(other, seg.generation);
+            copies.push(LoneCopy { at: at(!second_is_newer), damaged, meant, doubted: false, good });
         }
         if newer.next <= page {
             break;
@@ -181,9 +187,11 @@ fn complete(seg: &Segment, file: &dyn DiskFile, copies: &[LoneCopy]) -> Result<(
 
 /// Makes the second copies that the process before this one did not come to, or that were torn: from `pos` on, or
 /// in the whole segment, its header too. After a failed sync (`marked`) what looks whole may be in the page cache alone:
-/// writes everything again. Durable on return.
+/// writes everything again. What is damaged is reported: of a power cut, too, when that came in the middle of a page.
+/// Durable on return.
 pub(crate) fn complete_pairs(
     shared: &Shared,
+    image: ImageId,
     seg: &Segment,
     pos: Option<LogPos>,
     marked: bool,
@@ -196,5 +204,13 @@ pub(crate) fn complete_pairs(
     {
         copies.push(copy);
     }
-    complete(seg, &*file, &copies)
+    let meant = || copies.iter().filter(|c| c.meant).map(|c| c.name(seg));
+    for what in meant() {
+        shared.rot.found(Some(image), &what);
+    }
+    complete(seg, &*file, &copies)?;
+    for what in meant() {
+        shared.rot.repaired(Some(image), &what, "from its second copy");
+    }
+    Ok(())
 }
