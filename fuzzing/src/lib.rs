@@ -44,12 +44,8 @@ const fn message(len: usize) -> usize {
 const fn store(_: usize) -> usize {
     64 << 20
 }
-/// A checkpoint's body, which states its length (256 MiB at most).
-const fn body(len: usize) -> usize {
-    (257 << 20) + 16 * len
-}
-/// A journal's group, which states its length and is read when the file is as long.
-const fn journal(len: usize) -> usize {
+/// A journal's group or a checkpoint's body, which states its length and is read when the file is as long.
+const fn stated(len: usize) -> usize {
     (1 << 20) + 8 * len
 }
 
@@ -77,8 +73,8 @@ pub const TARGETS: [Target; 19] = [
     target("meta_record", vmfs_proto::fuzzing::meta_record, machine::meta_seeds, in_proportion, 10_000),
     target("segment_pages", vmfs_store::fuzzing::segment_pages, whole_store::segments, in_proportion, 2_000),
     target("checkpoint", vmfs_store::fuzzing::checkpoint, whole_store::bodies, in_proportion, 5_000),
-    target("map_file", vmfs_store::fuzzing::map_file, whole_store::maps, body, 1_000),
-    target("meta_journal", vmfs_store::fuzzing::meta_journal, whole_store::journals, journal, 2_000),
+    target("map_file", vmfs_store::fuzzing::map_file, whole_store::maps, stated, 1_000),
+    target("meta_journal", vmfs_store::fuzzing::meta_journal, whole_store::journals, stated, 2_000),
     target(
         "store_identity",
         vmfs_store::fuzzing::store_identity,

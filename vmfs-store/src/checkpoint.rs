@@ -217,7 +217,8 @@ fn read_body(
     len: usize,
     crc: u32,
 ) -> std::io::Result<Option<(Vec<u8>, BodyRef)>> {
-    if len > BODY_BYTES_MAX {
+    // Whatever the superblock says, no more is set aside than the file can have.
+    if len > BODY_BYTES_MAX || len as u64 > file.len_bytes()? {
         return Ok(None);
     }
     let (mut bytes, mut pages, mut next) = (Vec::with_capacity(len), Vec::new(), first);
