@@ -292,6 +292,14 @@ fn scrub_and_verify(disk: &SimDisk, model: &Model, what: &str) -> Vec<String> {
     said
 }
 
+/// What scrubs say, each with another header page older, that begins so.
+fn said_with_older_header_pages(versions: &[SimDisk], model: &Model, beginning: &str) -> usize {
+    let mut said = Vec::new();
+    each_header_page_older(versions, |disk, what| said.append(&mut scrub_and_verify(disk, model, what)));
+    println!("{said:?}");
+    said.iter().filter(|s| s.starts_with(beginning)).count()
+}
+
 /// Simulator seeds 810085, 811072 and others: such a page looks like the end of its segment.
 #[test]
 fn a_scrub_misses_updates_whose_header_page_never_reached_the_disk() {
@@ -304,12 +312,8 @@ fn a_scrub_misses_updates_whose_header_page_never_reached_the_disk() {
     }
     rig.image.checkpoint().unwrap();
     versions.push(rig.disk.kill());
-    let mut said = Vec::new();
-    each_header_page_older(&versions, |disk, what| {
-        said.append(&mut scrub_and_verify(disk, &rig.model, what))
-    });
-    let updates = said.iter().filter(|s| s.starts_with("updates ")).count();
-    assert!(updates > 3, "{said:?}");
+    let updates = said_with_older_header_pages(&versions, &rig.model, "updates ");
+    assert!(updates > 3, "{updates}");
 }
 
 /// The log is trimmed, and the content still shows blocks whose digest was in such a page.
@@ -330,12 +334,8 @@ fn a_scrub_misses_the_digests_of_blocks_whose_header_page_never_reached_the_disk
     }
     versions.push(rig.disk.kill());
     assert!(rig.image.log_start() > Seq(100), "{}", rig.image.log_start());
-    let mut said = Vec::new();
-    each_header_page_older(&versions, |disk, what| {
-        said.append(&mut scrub_and_verify(disk, &rig.model, what))
-    });
-    let blocks = said.iter().filter(|s| s.starts_with("description of blocks ")).count();
-    assert!(blocks > 3, "{said:?}");
+    let blocks = said_with_older_header_pages(&versions, &rig.model, "description of blocks ");
+    assert!(blocks > 3, "{blocks}");
 }
 
 /// Seed 930875 of the simulator: what a recovery after a failed sync wrote again was found by way of the newer checkpoint

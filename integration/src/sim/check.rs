@@ -43,7 +43,7 @@ named! {
         PinnedIsRight,
         /// At the end nothing in a copy is damaged.
         CopyVerifies,
-        /// After a whole scrub no data copy is damaged where that was not reported.
+        /// After a whole scrub no copy is damaged where that was not reported.
         ScrubFinds,
         /// A scrub finds nothing damaged on a sound disk.
         SoundIsWhole,
