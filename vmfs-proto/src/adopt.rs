@@ -9,10 +9,10 @@ use vmfs_common::header::Update;
 use vmfs_common::identity::Signature;
 use vmfs_common::ids::{Digest, Head, HostId, Millis, Seq};
 use vmfs_common::msg::{ImageMsg, Join, Occasion};
-use vmfs_common::policy::MemberRole;
+use vmfs_common::policy::{MemberList, MemberRole};
 
 use crate::api::{Env, Event, Output, Take};
-use crate::candidate::{Stage, forced_list};
+use crate::candidate::{Candidate, Stage, forced_list};
 use crate::lineage::common;
 use crate::loss;
 use crate::machine::{Machine, RoleState, send};
@@ -312,6 +312,7 @@ impl Machine {
     pub(crate) fn begin(&mut self, env: &mut Env<'_>, out: &mut Vec<Output>) {
         let head = self.state.head();
         let members = self.state.members.clone();
+        let before = self.meta.previous.as_ref().map(|r| r.members.clone());
         let RoleState::Candidate(c) = &mut self.role else { return };
         let Some(proposal) = c.proposal.clone() else { return };
         let bid = self.meta.bid.as_ref().filter(|(e, _)| *e == proposal.ballot);
@@ -322,14 +323,12 @@ impl Machine {
             self.bid(env, out);
             return;
         }
-        // Members that a change not yet committed leaves out are no part of the certificate. The loss statement needs
-        // what they have said.
+        // The loss statement needs also what members have said that a change not yet committed leaves out.
         let votes: Vec<Vote> = c.votes.values().cloned().collect();
         let mandate = if c.forcing {
             Mandate::Forced(after)
         } else {
-            let shown = c.shown().map(|(_, v)| v);
-            Mandate::Votes(shown.filter(|v| members.get(v.host).is_some()).cloned().collect())
+            Mandate::Votes(certificate(c, &members, before.as_ref()))
         };
         if let Mandate::Votes(votes) = &mandate
             && let Err(why) = verify_votes(&proposal, votes, &head, &members)
@@ -353,5 +352,19 @@ impl Machine {
         let epoch = update.header.epoch;
         out.push(Output::Report(Event::Elected { epoch, parent: head, confirmed: published.is_some() }));
         self.become_owner(env, chain, &update, Some((loss, forced)), out);
+    }
+}
+
+/// The votes that an `EpochStart` names: those of the members. They do not count by the list before a change that may
+/// not be committed, when they are no majority of that: then the others that have voted stand beside them, for
+/// whoever knows that list only.
+fn certificate(c: &Candidate, members: &MemberList, before: Option<&MemberList>) -> Vec<Vote> {
+    let is_in = |list: &MemberList, v: &Vote| list.get(v.host).is_some_and(|m| m.store == v.store);
+    let of_member = |v: &&Vote| members.get(v.host).is_some();
+    let all = || c.shown().map(|(_, v)| v);
+    let count = |list: &MemberList| all().filter(of_member).filter(|v| is_in(list, v)).count();
+    match before.filter(|l| count(l) < l.quorum()) {
+        Some(l) => all().filter(|v| of_member(v) || is_in(l, v)).cloned().collect(),
+        None => all().filter(of_member).cloned().collect(),
     }
 }

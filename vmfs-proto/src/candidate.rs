@@ -453,9 +453,14 @@ impl Machine {
         self.promise = self.promise.take().filter(|p| p.from != self.id.host);
         // As any that is asked of a follower.
         self.fail_flushes(FlushError::NotOwner, out);
-        let owner = self.epoch().host;
-        if self.connected.contains(&owner) {
-            send(out, owner, ImageMsg::WhoOwns { head: self.state.head() });
+        self.ask_who_owns(out);
+    }
+
+    /// Whoever is followed no longer, or was not while this host bid, offers once per connection: asked, again.
+    pub(crate) fn ask_who_owns(&self, out: &mut Vec<Output>) {
+        let followed = self.following.as_ref().map(|f| f.host);
+        for host in self.connected.iter().filter(|h| Some(**h) != followed) {
+            send(out, *host, ImageMsg::WhoOwns { head: self.state.head() });
         }
     }
 

@@ -4,7 +4,8 @@
 //!
 //! Headers from anybody could say that the members have changed to the sender's liking. So a change is
 //! believed only when its owner vouches for it by a later Seal of the same epoch; or, when the epoch
-//! ended before one, if a majority of the members before it have voted for the next one, too.
+//! ended before one, if its owner begins the next one, too, or a majority of the members before it have
+//! voted for that.
 
 use vmfs_common::chain::{Refusal, Tip, check_extends, check_seal};
 use vmfs_common::election::{EpochStart, Mandate};
@@ -139,7 +140,15 @@ impl Machine {
             // Its maker's word alone: no reason for a member of another lineage to leave that.
             walk.lists = if self.is_admitted() { Vec::new() } else { vec![list.clone()] };
         }
-        walk.unvouched.take().is_none_or(|lists| lists.iter().any(|l| start.has_majority_of(l)))
+        // As with a Seal, its maker may vouch for the change: who goes on with it, and signs that.
+        let maker = (h.epoch.host == last.epoch.host).then_some(h.epoch.host);
+        let by_maker = |l: &MemberList| {
+            let key = maker.and_then(|m| l.get(m)).map(|m| &m.key);
+            key.is_some_and(|k| start.is_signed_by(h.seq, &last.digest, k))
+        };
+        walk.unvouched
+            .take()
+            .is_none_or(|lists| lists.iter().any(|l| start.has_majority_of(l) || by_maker(l)))
     }
 
     /// The offering host's log does not reach back. A follower joins, and will be sent the blocks, if a

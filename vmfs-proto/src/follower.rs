@@ -137,6 +137,7 @@ impl Machine {
             self.refuse(env, epoch.host, None, Refusal::Promised, out);
             return;
         }
+        let bid = matches!(self.role, RoleState::Candidate(_));
         if !matches!(self.role, RoleState::Follower) {
             self.become_follower(env, Some(epoch), out);
         }
@@ -152,6 +153,9 @@ impl Machine {
             self.ack_due = None;
         }
         self.send_join(out);
+        if bid {
+            self.ask_who_owns(out);
+        }
         self.handover_taken(epoch, out);
     }
 

@@ -300,9 +300,7 @@ impl Machine {
         if let Some(entry) = self.state.epochs.iter().find(|e| e.epoch == forced) {
             out.push(Output::RollBack { to: entry.parent, keep_fork: true });
         }
-        for host in &self.connected {
-            send(out, *host, ImageMsg::WhoOwns { head: self.state.head() });
-        }
+        self.ask_who_owns(out);
         crate::machine::op_done(out, token, Ok(crate::ops::OpOutcome::Done));
     }
 

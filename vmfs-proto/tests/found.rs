@@ -549,3 +549,99 @@ fn abandoning_a_lineage_that_was_split_off_twice_ends_both() {
     c.run(1000);
     c.write_and_flush(0);
 }
+
+/// The removal of host 3 is made, and in one copy without the Seal that vouches for it: that of `at`, by a loss of
+/// power. Of the members that stay, host 1 is away.
+fn removal_without_its_seal(at: At) -> Cluster {
+    let mut c = cluster(&[Replica, Replica, Witness, Witness]);
+    c.write_and_flush(0);
+    c.run(1000);
+    let (host, before) = (c.nodes[3].id.host, c.nodes[at].log.len());
+    (0..4).filter(|a| ![0, at].contains(a)).for_each(|a| c.cut(0, a));
+    c.op(0, |token| Input::RemoveMember { host, token });
+    c.until("it is made", 1000, |c| c.nodes[at].log.len() > before + 1);
+    c.run(20);
+    (0..2).for_each(|a| c.kill(a));
+    let made = c.nodes[at].log.iter().position(|(u, _)| matches!(u.header.op, Op::Members(_))).unwrap();
+    c.lose_log(at, made + 1);
+    c
+}
+
+/// Seed 2005713 of the simulator: the owner lost power between a removal and its Seal. It was elected again, by members
+/// of which a majority, the removed one among them, knew the list before only; they refused what they had voted for.
+#[test]
+fn a_removal_that_lost_its_seal_stops_nobody_when_its_maker_goes_on() {
+    let mut c = removal_without_its_seal(0);
+    c.restart(0);
+    c.until("elected", 10_000, |c| c.owner() == Some(0));
+    c.restart(1);
+    c.write_and_flush(0);
+    c.until("all follow", 10_000, |c| (1..3).all(|a| c.nodes[a].head() == c.nodes[0].head()));
+}
+
+/// The same with the maker gone for good: what its successor was elected by tells those who know the list before.
+#[test]
+fn a_removal_that_lost_its_seal_stops_nobody_when_somebody_else_goes_on() {
+    let mut c = removal_without_its_seal(1);
+    c.restart(1);
+    assert!(promote(&mut c, 1).is_ok(), "{}", c.describe());
+    c.until("its witness follows", 10_000, |c| c.nodes[2].head() == c.nodes[1].head());
+    c.restart(0);
+    c.write_and_flush(1);
+    c.until("all follow", 10_000, |c| [0, 2].iter().all(|a| c.nodes[*a].head() == c.nodes[1].head()));
+}
+
+/// With a member added, the majority that elects its maker again may be none of the list before: the maker's word counts.
+#[test]
+fn an_admission_that_lost_its_seal_stops_nobody_when_its_maker_goes_on() {
+    let mut c = cluster(&[Replica; 2]);
+    c.write_and_flush(0);
+    let new = c.add_host(Replica);
+    let id = c.nodes[new].id.clone();
+    c.crash(1);
+    c.op(0, |token| Input::AddMember { member: member(&id, Replica), token });
+    let made = |c: &Cluster| c.nodes[0].log.iter().position(|(u, _)| matches!(u.header.op, Op::Members(_)));
+    c.until("it is made", 5000, |c| made(c).is_some());
+    c.kill(0);
+    let kept = made(&c).unwrap() + 1;
+    c.lose_log(0, kept);
+    let lost = c.nodes[new].log.len().min(kept);
+    c.kill(new);
+    c.lose_log(new, lost);
+    c.restart(new);
+    c.restart(0);
+    c.until("elected", 10_000, |c| c.owner() == Some(0));
+    c.restart(1);
+    c.write_and_flush(0);
+    c.until("all follow", 10_000, |c| [1, new].iter().all(|a| c.nodes[*a].head() == c.nodes[0].head()));
+}
+
+/// Seed 2010750 of the simulator: a member that followed the owner, without having anything of its epoch yet, was
+/// ordered to bid, and what an owner before had sent long ago came meanwhile. It waited for that one for ever.
+#[test]
+fn a_candidate_that_gives_way_to_an_old_offer_asks_who_owns_the_image() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.isolate(2);
+    for _ in 0..2 {
+        c.kill(0);
+        c.restart(0);
+        c.isolate(2);
+        c.until("elected again", 10_000, |c| c.owner() == Some(0));
+    }
+    let start = c.nodes[0].machine.as_ref().unwrap().state().epoch_start().unwrap().start;
+    let certificate = c.nodes[0].log[usize::try_from(start.seq.0).unwrap() - 1].0.bytes.to_vec();
+    let offer = ImageMsg::Offer { head: start, start, log_start: Seq(1), certificate, role: Replica };
+    assert!(promote(&mut c, 1).is_ok());
+    c.write_and_flush(1);
+    c.nodes.iter_mut().for_each(|n| n.log_start = n.head().seq.max(Seq(1)));
+    c.heal(1, 2);
+    let role = |c: &Cluster| c.nodes[2].machine.as_ref().unwrap().describe_role();
+    c.until("it follows", 5000, |c| {
+        c.status(2).health == vmfs_proto::Health::CatchingUp && role(c).contains("Some(")
+    });
+    c.heal(0, 2);
+    c.op(2, |token| Input::Promote { force: false, token });
+    c.receive(0, 2, Packet::Msg(Box::new(offer)));
+    c.until("it has the owner's blocks", 20_000, |c| c.nodes[2].head() == c.nodes[1].head());
+}
