@@ -107,6 +107,11 @@ impl ImageStore {
         if tail.spares.is_empty()
             && let Some(w) = &mut tail.current
         {
+            if let Some(spare) = self.written_spare(w, pages)? {
+                let promised = promise(&spare.reserved, pages);
+                tail.spares.push_back(spare);
+                return Ok(promised);
+            }
             let end = w.virtual_end() + pages;
             if end <= w.seg.class.pages() {
                 let class = w.seg.class;
@@ -124,6 +129,17 @@ impl ImageStore {
         let class = spare.class;
         Pool::ensure_allocated(&self.shared, &*spare.file, class, &mut spare.alloc_pages, end, space)?;
         Ok(promise(&spare.reserved, pages))
+    }
+
+    /// A segment that every page was written of once, for a log that is flushed and whose segment is none: each
+    /// sync would have the file system write down which pages hold data now, which takes as long as the sync does.
+    fn written_spare(&self, w: &SegmentWriter, pages: u32) -> Result<Option<Spare>, StoreError> {
+        let class = w.seg.class;
+        let fits = Class::fitting(pages).is_some_and(|least| least <= class);
+        if w.seg.prepared.load(Ordering::Acquire) || !fits || w.is_promised() || !self.shared.way.is_busy() {
+            return Ok(None);
+        }
+        self.shared.pool.take_prepared(&self.shared, class)
     }
 
     /// Appends the update that extends the head. `payload` is its non-zero blocks in order, already
@@ -164,7 +180,10 @@ impl ImageStore {
         crcs.extend(payload.chunks_exact(BLOCK_BYTES).map(crc32c::crc32c));
         let record = record_bytes(update.bytes.len(), crcs.len());
         let pages = pages_needed(record, crcs.len())?;
-        if tail.current.as_ref().is_none_or(|w| !w.fits(pages)) {
+        let written = tail.spares.front().is_some_and(|s| s.prepared);
+        let leave =
+            |w: &SegmentWriter| written && !w.seg.prepared.load(Ordering::Acquire) && !w.is_promised();
+        if tail.current.as_ref().is_none_or(|w| !w.fits(pages) || leave(w)) {
             self.next_segment(tail, pages)?;
         }
         let writer = tail.current.as_mut().expect("invariant: a segment was just begun");

@@ -13,6 +13,9 @@ pub struct StoreConfig {
     pub gather_after_rounds: u32,
     /// Prewritten segments kept ready per size class in use (2).
     pub pool_segments: usize,
+    /// Bytes of segments beyond those that nobody uses any more and that are kept for who needs some next, until
+    /// nobody has for 30 s (512 MiB): to make one anew costs more, and so does to delete one.
+    pub idle_bytes_max: u64,
     /// Space kept back for control updates, checkpoints, promises and deletion (16 MiB).
     pub reserve_bytes: u64,
     /// Log kept per image for members that lag, beyond what content and checkpoints need (1 GiB).
@@ -31,6 +34,7 @@ impl Default for StoreConfig {
             checkpoint_log_bytes: 64 << 20,
             gather_after_rounds: 100,
             pool_segments: 2,
+            idle_bytes_max: 512 << 20,
             reserve_bytes: 16 << 20,
             retain_log_bytes_max: 1 << 30,
             open_files_max: 512,

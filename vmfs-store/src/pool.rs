@@ -14,7 +14,7 @@ use crate::segment::{Class, FIRST_PAGE, Kind, PAGE_U64, SEGMENTS_MAX, Segment, S
 use crate::shared::Shared;
 use crate::way::{FREED_BYTES, PIECE_BYTES};
 
-/// Unused segments of one class kept beyond the prewritten ones; more are deleted.
+/// Unused segments of one class kept beyond the prewritten ones in any case.
 const RAW_MAX: usize = 2;
 /// Of the larger classes, so many bytes are kept in any case: to make a segment anew costs more than to keep one.
 const KEPT_BYTES: u64 = 64 << 20;
@@ -22,6 +22,8 @@ const KEPT_BYTES: u64 = 64 << 20;
 const ALLOC_STEP_PAGES: u32 = 8;
 /// What is left to prewrite of a segment that was filled before is little, and is written in busy times too.
 const LITTLE_BYTES: u64 = 2 << 20;
+/// Rounds of background work without anybody taking a segment after which too many are deleted: 30 s.
+const CALM_ROUNDS: u32 = 300;
 const RESERVE_NAME: &str = "reserve";
 
 /// A segment taken from the pool and not yet begun.
@@ -98,8 +100,33 @@ struct Inner {
     next_no: u32,
     wanted: [bool; Class::COUNT],
     prewrite: Option<Prewrite>,
-    /// To be deleted.
-    surplus: Vec<u32>,
+    /// Rounds of background work since somebody took a segment.
+    calm_rounds: u32,
+}
+
+impl Inner {
+    fn count(&self, class: Class) -> usize {
+        self.prepared[class.index()].len() + self.raw[class.index()].len()
+    }
+    /// Bytes of the unused segments that are kept beyond those of [`kept`].
+    fn idle_bytes(&self, shared: &Shared) -> u64 {
+        let of = |c: Class| self.count(c).saturating_sub(kept(shared, c)) as u64 * c.bytes();
+        Class::ALL.into_iter().map(of).sum()
+    }
+    /// Takes out one of those: the one that the most would have to be written of.
+    fn take_idle(&mut self, shared: &Shared) -> Option<(u32, Class)> {
+        let class = Class::ALL.into_iter().rev().find(|c| self.count(*c) > kept(shared, *c))?;
+        let raw = &mut self.raw[class.index()];
+        let least = (0..raw.len()).min_by_key(|i| raw[*i].written_bytes);
+        let no = least.map(|i| raw.swap_remove(i).no).or_else(|| self.prepared[class.index()].pop())?;
+        Some((no, class))
+    }
+    /// Takes out the one of which the most was written, if not all of it.
+    fn take_raw(&mut self, class: Class) -> Option<Raw> {
+        let raw = &mut self.raw[class.index()];
+        let most = (0..raw.len()).max_by_key(|i| raw[*i].written_bytes);
+        most.map(|i| raw.swap_remove(i))
+    }
 }
 
 /// Unused segments by class.
@@ -158,15 +185,34 @@ impl Pool {
         let (no, prepared) = {
             let mut inner = self.inner.lock();
             inner.wanted[class.index()] = true;
+            inner.calm_rounds = 0;
             match inner.prepared[class.index()].pop() {
                 Some(no) => (no, true),
-                None => match inner.raw[class.index()].pop() {
+                None => match inner.take_raw(class) {
                     Some(raw) => (raw.no, false),
                     None => return Ok(None),
                 },
             }
         };
         self.open(shared, no, class, prepared).map(Some)
+    }
+
+    /// A prewritten segment of this class, if there is one and space is not short.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub(crate) fn take_prepared(&self, shared: &Shared, class: Class) -> Result<Option<Spare>, StoreError> {
+        let no = {
+            let mut inner = self.inner.lock();
+            inner.wanted[class.index()] |= class != Class::SMALLEST;
+            inner.calm_rounds = 0;
+            match inner.prepared[class.index()].last() {
+                None => return Ok(None),
+                Some(_) if shared.is_tight() => return Ok(None),
+                Some(_) => inner.prepared[class.index()].pop(),
+            }
+        };
+        no.map(|no| self.open(shared, no, class, true)).transpose()
     }
 
     /// As [`Pool::take`], and leaves the prewritten ones to those who wait for syncs, if it can.
@@ -180,9 +226,15 @@ impl Pool {
         space: Space,
     ) -> Result<Spare, StoreError> {
         let class = Class::fitting(pages).ok_or(StoreError::Full)?;
-        let raw = self.inner.lock().raw[class.index()].pop();
-        if let Some(raw) = raw {
-            return self.open(shared, raw.no, class, false);
+        let spare = {
+            let mut inner = self.inner.lock();
+            inner.calm_rounds = 0;
+            let many = inner.prepared[class.index()].len() > shared.cfg.pool_segments;
+            let written = if many { inner.prepared[class.index()].pop() } else { None };
+            written.map(|no| (no, true)).or_else(|| inner.take_raw(class).map(|raw| (raw.no, false)))
+        };
+        if let Some((no, prepared)) = spare {
+            return self.open(shared, no, class, prepared);
         }
         match self.create(shared, class, space) {
             Err(StoreError::Full) => {
@@ -206,7 +258,7 @@ impl Pool {
 
     fn create(&self, shared: &Shared, class: Class, space: Space) -> Result<Spare, StoreError> {
         if class != Class::SMALLEST && shared.check_space(class.bytes(), space).is_err() {
-            self.delete_surplus(shared, Hurry::Yes)?;
+            self.delete_idle(shared, 0, Hurry::Yes)?;
             shared.check_space(class.bytes(), space)?;
         }
         let no = {
@@ -276,40 +328,45 @@ impl Pool {
         self.keep(shared, Raw::unwritten(no), class, prepared)
     }
 
-    /// Keeps a segment for whoever needs one, or has it deleted when there are enough.
+    /// Keeps a segment for whoever needs one next.
     fn keep(&self, shared: &Shared, raw: Raw, class: Class, prepared: bool) -> Result<(), StoreError> {
-        let at = class.index();
         let mut inner = self.inner.lock();
-        if inner.prepared[at].len() + inner.raw[at].len() < kept(shared, class) {
-            match prepared {
-                true => inner.prepared[at].push(raw.no),
-                false => inner.raw[at].push(raw),
-            }
-            return Ok(());
+        match prepared {
+            true => inner.prepared[class.index()].push(raw.no),
+            false => inner.raw[class.index()].push(raw),
         }
-        inner.surplus.push(raw.no);
         drop(inner);
-        if shared.is_tight() { self.delete_surplus(shared, Hurry::Yes).map(drop) } else { Ok(()) }
+        if shared.is_tight() { self.delete_idle(shared, 0, Hurry::Yes) } else { Ok(()) }
     }
 
-    /// Deletes the segments that are too many. True when there were any.
-    fn delete_surplus(&self, shared: &Shared, hurry: Hurry) -> Result<bool, StoreError> {
-        let mut any = false;
+    /// Deletes unused segments until no more than so many bytes of them are too many.
+    fn delete_idle(&self, shared: &Shared, bytes_max: u64, hurry: Hurry) -> Result<(), StoreError> {
         loop {
-            let Some(no) = self.inner.lock().surplus.pop() else { return Ok(any) };
+            let idle = {
+                let mut inner = self.inner.lock();
+                if inner.idle_bytes(shared) <= bytes_max {
+                    return Ok(());
+                }
+                inner.take_idle(shared)
+            };
+            let Some((no, class)) = idle else { return Ok(()) };
             let deleted = delete(shared, no, hurry);
             if deleted.is_err() {
-                self.inner.lock().surplus.push(no);
+                self.inner.lock().raw[class.index()].push(Raw::unwritten(no));
             }
             deleted?;
-            any = true;
         }
     }
 
     /// Prewrites segments of the classes in use, about `budget_bytes` of them. True when there is
     /// more to do.
     pub(crate) fn background(&self, shared: &Shared, budget_bytes: u64) -> Result<bool, StoreError> {
-        self.delete_surplus(shared, Hurry::No)?;
+        let calm = {
+            let mut inner = self.inner.lock();
+            inner.calm_rounds = inner.calm_rounds.saturating_add(1);
+            inner.calm_rounds > CALM_ROUNDS
+        };
+        self.delete_idle(shared, if calm { 0 } else { shared.cfg.idle_bytes_max }, Hurry::No)?;
         let mut left = budget_bytes;
         loop {
             let Some(mut job) = self.next_prewrite(shared, left)? else { return Ok(false) };
@@ -408,7 +465,7 @@ enum Hurry {
     No,
 }
 
-/// How many unused segments of a class are kept.
+/// How many unused segments of a class are kept in any case.
 fn kept(shared: &Shared, class: Class) -> usize {
     let least = if class.bytes() > FREED_BYTES { KEPT_BYTES / class.bytes() } else { 0 };
     (shared.cfg.pool_segments + RAW_MAX).max(usize::try_from(least).unwrap_or(0))

@@ -127,6 +127,11 @@ impl SegmentWriter {
         })
     }
 
+    /// True while room in it is promised to somebody.
+    pub(crate) fn is_promised(&self) -> bool {
+        self.reserved.load(Ordering::Acquire) > 0
+    }
+
     /// True when `pages` more fit, with space surely there.
     pub(crate) fn fits(&self, pages: u32) -> bool {
         self.next_page + pages <= self.alloc_pages.min(self.seg.class.pages())

@@ -58,6 +58,7 @@ fn config(seed: u64) -> StoreConfig {
         segment_bytes_max: [128 << 10, 1 << 20][seed as usize % 2],
         // Also so many that several compactions share one.
         checkpoint_log_bytes: [96 << 10, 2 << 20][seed as usize / 2 % 2],
+        idle_bytes_max: [0, 1 << 20][seed as usize / 4 % 2],
         ..small()
     }
 }

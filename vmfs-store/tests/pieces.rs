@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -22,6 +22,10 @@ struct Most {
     read: u64,
     freed: u64,
     removed: usize,
+    /// Pages of each file that were written once.
+    pages: HashMap<String, HashSet<u64>>,
+    /// Syncs of segments of which some page never was.
+    unwritten_syncs: usize,
 }
 
 /// A disk that is watched.
@@ -54,6 +58,7 @@ impl Disk for Watched {
                 m.removed += 1;
             });
         }
+        self.most(|m| m.pages.remove(name));
         self.0.remove(name)
     }
     fn sync_names(&self, dir: &str) -> io::Result<()> {
@@ -76,10 +81,17 @@ impl DiskFile for WatchedFile {
         *unsynced += buf.len() as u64;
         let unsynced = *unsynced;
         most.written = most.written.max(unsynced);
+        let pages = offset / 4096..(offset + buf.len() as u64).div_ceil(4096);
+        most.pages.entry(self.1.clone()).or_default().extend(pages);
         self.0.write_at(buf, offset)
     }
     fn sync(&self) -> io::Result<()> {
-        self.2.lock().unwrap().unsynced.remove(&self.1);
+        let len = self.0.len_bytes()?;
+        let mut most = self.2.lock().unwrap();
+        most.unsynced.remove(&self.1);
+        let written = most.pages.get(&self.1).map_or(0, HashSet::len) as u64;
+        most.unwritten_syncs += usize::from(self.1.starts_with("seg/") && written < len / 4096);
+        drop(most);
         self.0.sync()
     }
     fn forget(&self, pages: std::ops::Range<u64>) -> io::Result<()> {
@@ -108,6 +120,7 @@ fn config() -> StoreConfig {
         checkpoint_log_bytes: 32 << 20,
         retain_log_bytes_max: 0,
         pool_segments: 1,
+        idle_bytes_max: 0,
         recovery_threads: 1,
         ..StoreConfig::default()
     }
@@ -124,8 +137,11 @@ struct Host {
 
 impl Host {
     fn new() -> Self {
+        Self::with(config())
+    }
+    fn with(cfg: StoreConfig) -> Self {
         let disk = Watched(SimDisk::new(4 << 30), Arc::default());
-        let store = Store::create(Arc::new(disk.clone()), DATASTORE, HOST, STORE, config()).unwrap();
+        let store = Store::create(Arc::new(disk.clone()), DATASTORE, HOST, STORE, cfg).unwrap();
         let image = store.create_image(IMAGE, MemberRole::Replica).unwrap();
         let (maker, genesis) = Maker::genesis(IMAGE);
         append(&image, &genesis, &[]).unwrap();
@@ -188,6 +204,41 @@ fn background_work_gives_the_disk_little_at_a_time() {
     }
     assert!(host.image.space_use().compacted_bytes > 0, "nothing was compacted");
     assert!(removed > 0, "nothing was deleted");
+    host.check(&host.image);
+}
+
+#[test]
+fn segments_that_nobody_uses_wait_for_the_next_burst_and_are_deleted_at_rest() {
+    let mut host = Host::with(StoreConfig { idle_bytes_max: 256 << 20, ..config() });
+    (0..BLOCKS / 64).for_each(|i| host.write(i * 64, 64, 1));
+    let segments = |host: &Host| host.disk.list("seg").unwrap().len();
+    let mut most = 0;
+    for round in 0..6 {
+        host.overwrite(64 << 20);
+        assert_eq!(host.look_after(), 0, "nothing is deleted that the next burst can use");
+        assert!(round < 4 || segments(&host) <= most, "they are used again");
+        most = most.max(segments(&host));
+    }
+    for _ in 0..400 {
+        host.store.background(8 << 20).unwrap();
+    }
+    assert!(segments(&host) + 8 <= most, "{} of {most} are left", segments(&host));
+    host.check(&host.image);
+}
+
+#[test]
+fn a_flushed_log_does_not_stay_in_a_segment_that_was_not_written_before() {
+    let mut host = Host::new();
+    // A burst, which leaves the log in a new segment of the largest class.
+    (0..BLOCKS / 64).for_each(|i| host.write(i * 64, 64, 1));
+    host.overwrite(36 << 20);
+    host.look_after();
+    host.disk.most(|m| m.unwritten_syncs = 0);
+    for fill in 0..40 {
+        host.write(0, 1, 100 + fill);
+        host.flush();
+    }
+    assert_eq!(host.disk.most(|m| m.unwritten_syncs), 0);
     host.check(&host.image);
 }
 

@@ -31,6 +31,7 @@ pub(crate) fn store_config() -> StoreConfig {
         retain_log_bytes_max: 384 << 10,
         gather_after_rounds: 3,
         pool_segments: 1,
+        idle_bytes_max: 1 << 20,
         map_cache_bytes: 256 << 10,
         open_files_max: 16,
         recovery_threads: 1,

@@ -33,6 +33,7 @@ pub fn small() -> StoreConfig {
         retain_log_bytes_max: 512 << 10,
         gather_after_rounds: 2,
         pool_segments: 1,
+        idle_bytes_max: 0,
         recovery_threads: 1,
         ..StoreConfig::default()
     }
