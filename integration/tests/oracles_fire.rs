@@ -104,7 +104,7 @@ const ROWS: &[(Check, Rule, u64)] = &[
     (Check::CopiedIsVouchedFor, Around(Broken::BlocksSkipped), 1),
     (Check::FlushIsHeld, Around(Broken::FlushOutlivesOwner), 9),
     (Check::FlushHasCopies, Of(Weakness::QuorumOfHalf), 10),
-    (Check::FlushIsNotOutlived, Around(Broken::FlushErrorSwallowed), 27),
+    (Check::FlushIsNotOutlived, Around(Broken::FlushErrorSwallowed), 925),
     (Check::OwnerHasFlushes, Of(Weakness::HeadsByLength), 59),
     (Check::OwnerIsAlone, Of(Weakness::OwnerNeverFreezes), 77),
     (Check::NothingIsMissing, Around(Broken::SaysNothing), 91),

@@ -100,6 +100,12 @@ impl Machine {
             self.send_refused(from, Refusal::WrongEpoch, Seq::ZERO, out);
             return;
         }
+        // Offered again before its EpochStart has come: by what is here so far it could not be judged any more.
+        let began_with = self.began_with.clone().filter(|f| f.start == start && start.epoch > current);
+        if let Some(again) = began_with {
+            self.follow(env, again, out);
+            return;
+        }
         let (parent, certified, backed) = if start.epoch == current {
             let own = *self.state.epoch_start().expect("invariant: a current epoch has a start");
             if own.start != start {
@@ -147,6 +153,7 @@ impl Machine {
             // A later epoch may go on being looked into while its predecessor's owner is followed.
             self.walk.take_if(|w| w.offered().start.epoch <= epoch || w.offered().host == epoch.host);
         }
+        self.began_with = offered.from_nothing.then(|| offered.clone());
         self.following = Some(offered);
         self.owner_heard = Some((epoch.host, env.time_ns));
         if self.epoch().host == epoch.host || self.bound() > self.epoch() {

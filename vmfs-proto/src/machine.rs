@@ -76,6 +76,8 @@ pub struct Machine {
     pub(crate) booted: Millis,
     pub(crate) role: RoleState,
     pub(crate) following: Option<Following>,
+    /// Who was followed from nothing, as long as nobody else has been since: all that is here is that chain's.
+    pub(crate) began_with: Option<Following>,
     /// An offer whose certificate is being checked along its chain.
     pub(crate) walk: Option<Walk>,
     /// Refusals by promise do not make this owner bid again before, while it has a quorum.
@@ -132,6 +134,7 @@ impl Machine {
             booted,
             role: RoleState::Follower,
             following: None,
+            began_with: None,
             walk: None,
             rebid_after: env.now,
             rebids: 0,

@@ -645,3 +645,31 @@ fn a_candidate_that_gives_way_to_an_old_offer_asks_who_owns_the_image() {
     c.receive(0, 2, Packet::Msg(Box::new(offer)));
     c.until("it has the owner's blocks", 20_000, |c| c.nodes[2].head() == c.nodes[1].head());
 }
+
+/// Seen with real daemons, one time in ten on a slow machine: whoever joins a forced lineage with an empty copy is
+/// offered it again while it has the updates before the split only, by which it is a member of the other lineage.
+#[test]
+fn a_copy_that_joins_a_forced_lineage_from_nothing_may_be_offered_it_twice() {
+    let mut c = cluster(&[Replica; 3]);
+    c.write_and_flush(0);
+    c.writes(0, 20);
+    c.run(1000);
+    c.crash(0);
+    c.crash(2);
+    c.run(1000);
+    c.oracle.suspended = true;
+    let token = c.op(1, |token| Input::Promote { force: true, token });
+    assert!(matches!(c.answer(token), Ok(OpOutcome::Promoted { forced: true, .. })), "{}", c.describe());
+    c.discard(0);
+    c.restart(0);
+    let start = c.nodes[1].machine.as_ref().unwrap().state().epoch_start().unwrap().start;
+    let (id, kind) = (c.nodes[0].id.clone(), c.nodes[0].kind);
+    let token = c.op(1, |token| Input::AddMember { member: member(&id, kind), token });
+    c.until("it has some of it", 5000, |c| c.nodes[0].log.len() > 3);
+    assert!(c.nodes[0].head().seq < start.seq, "{}", c.describe());
+    let certificate = c.nodes[1].log[usize::try_from(start.seq.0).unwrap() - 1].0.bytes.to_vec();
+    let offer = ImageMsg::Offer { head: start, start, log_start: Seq(1), certificate, role: Replica };
+    c.receive(1, 0, Packet::Msg(Box::new(offer)));
+    assert_eq!(c.answer(token), Ok(OpOutcome::Done), "{}", c.describe());
+    c.write_and_flush(1);
+}

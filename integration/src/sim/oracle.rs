@@ -26,7 +26,7 @@ const HEARD_MAX: usize = 64;
 /// The record kept.
 #[derive(Debug, Default)]
 pub(crate) struct Oracle {
-    pub(crate) asked: BTreeMap<u64, Ix>,
+    pub(crate) asked: BTreeMap<u64, (Ix, bool)>,
     pub(crate) acked: Vec<Acked>,
     /// Owners that have served.
     pub(crate) served: BTreeMap<Epoch, Served>,

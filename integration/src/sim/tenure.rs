@@ -2,6 +2,7 @@
 
 use vmfs_common::op::Op;
 use vmfs_common::policy::{Acks, OnQuorumLoss};
+use vmfs_common::state::ImageState;
 use vmfs_common::{Epoch, HostId, Seq};
 use vmfs_proto::{FlushError, Gate, Loss, Machine, OpError, OpOutcome};
 
@@ -47,15 +48,17 @@ impl World {
     pub(crate) fn flush_begins(&mut self, at: At, token: u64) {
         let Some(copy) = self.hosts[at].copy() else { return };
         let head = copy.store.head();
+        let lax = copy.machine.as_ref().is_some_and(|m| is_lax_at(m.state()));
         if let Some(ix) = self.head_ix(at, head) {
-            self.oracle.asked.insert(token, ix);
+            self.oracle.asked.insert(token, (ix, lax));
         }
     }
 
     pub(crate) fn flush_done(&mut self, at: At, m: &Machine, token: u64, result: Result<(), FlushError>) {
         self.oracle.flushed.insert(token, result);
         self.note(|| format!("{at} answers flush {token}: {result:?}"));
-        let Some(target) = self.oracle.asked.remove(&token).filter(|_| result.is_ok()) else { return };
+        let asked = self.oracle.asked.remove(&token).filter(|_| result.is_ok());
+        let Some((target, was_lax)) = asked else { return };
         self.counts.flushes += 1;
         let store = self.hosts[at].copy().expect("invariant: it is running").store.clone();
         let Some(own) = self.head_ix(at, store.head()) else { return };
@@ -64,8 +67,8 @@ impl World {
             let what = format!("host {at} acknowledges a flush of {head:?}, which it has lost");
             return self.fail(Check::FlushIsHeld, what);
         }
-        let state = m.state();
-        let lax = is_lax(state.policy.acks, state.policy.on_quorum_loss, state.members.len());
+        // What was written under one policy, and asked for then, need not meet a stricter one that came after it.
+        let lax = was_lax || is_lax_at(m.state());
         self.check_copies(at, m, target, lax);
         let epoch = m.state().head().epoch;
         let acked = Acked { target, by: own, epoch, lax, excused: !self.is_owed(m, target) };
@@ -293,6 +296,11 @@ impl World {
             self.oracle.lax_ever |= is_lax(p.acks, p.on_quorum_loss, members);
         }
     }
+}
+
+/// As [`is_lax`], for the state at the head of a copy.
+fn is_lax_at(state: &ImageState) -> bool {
+    is_lax(state.policy.acks, state.policy.on_quorum_loss, state.members.len())
 }
 
 impl Oracle {

@@ -106,6 +106,7 @@ impl Machine {
             booted: _,
             role,
             following,
+            began_with,
             walk,
             rebid_after,
             rebids: _,
@@ -131,6 +132,7 @@ impl Machine {
         let SyncState { in_flight, again, stale } = sync;
         (in_flight, again, stale, ack_due, muted, suspect, confirmed, forked).hash(h);
         following.as_ref().map(of_following).hash(h);
+        began_with.as_ref().map(of_following).hash(h);
         walk.is_some().hash(h);
         if let Some(Walk { offered, last, tip, lists, unvouched, backed }) = walk {
             (of_following(offered), last, lists).hash(h);
