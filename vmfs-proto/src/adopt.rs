@@ -355,9 +355,8 @@ impl Machine {
     }
 }
 
-/// The votes that an `EpochStart` names: those of the members. They do not count by the list before a change that may
-/// not be committed, when they are no majority of that: then the others that have voted stand beside them, for
-/// whoever knows that list only.
+/// The votes that an `EpochStart` names: those of the members, and where these are no majority of the list before a
+/// change that may not be committed, also those of that list, for whoever knows no other.
 fn certificate(c: &Candidate, members: &MemberList, before: Option<&MemberList>) -> Vec<Vote> {
     let is_in = |list: &MemberList, v: &Vote| list.get(v.host).is_some_and(|m| m.store == v.store);
     let of_member = |v: &&Vote| members.get(v.host).is_some();

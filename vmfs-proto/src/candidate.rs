@@ -218,6 +218,8 @@ impl Machine {
             self.meta.forced = Some(earlier.unwrap_or(ballot));
         }
         self.meta.bid = Some((ballot, secret));
+        // What comes of it may be another chain than the one that this copy began with.
+        self.began_with = None;
         out.push(Output::Report(Event::Bidding { ballot }));
         self.promise_to(env, self.id.host, proposal, out);
     }

@@ -76,7 +76,8 @@ pub struct Machine {
     pub(crate) booted: Millis,
     pub(crate) role: RoleState,
     pub(crate) following: Option<Following>,
-    /// Who was followed from nothing, as long as nobody else has been since: all that is here is that chain's.
+    /// Who was followed from nothing, as long as nobody else has been since and this host has not bid: all that is
+    /// here is that chain's.
     pub(crate) began_with: Option<Following>,
     /// An offer whose certificate is being checked along its chain.
     pub(crate) walk: Option<Walk>,

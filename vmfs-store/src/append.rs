@@ -135,8 +135,9 @@ impl ImageStore {
     /// sync would have the file system write down which pages hold data now, which takes as long as the sync does.
     fn written_spare(&self, w: &SegmentWriter, pages: u32) -> Result<Option<Spare>, StoreError> {
         let class = w.seg.class;
-        let fits = Class::fitting(pages).is_some_and(|least| least <= class);
-        if w.seg.prepared.load(Ordering::Acquire) || !fits || w.is_promised() || !self.shared.way.is_busy() {
+        // Those of the smallest class are never prewritten.
+        let fits = class != Class::SMALLEST && Class::fitting(pages).is_some_and(|least| least <= class);
+        if !fits || w.seg.prepared.load(Ordering::Acquire) || w.is_promised() || !self.shared.way.is_busy() {
             return Ok(None);
         }
         self.shared.pool.take_prepared(&self.shared, class)

@@ -202,15 +202,18 @@ impl Pool {
     /// # Errors
     /// The disk's.
     pub(crate) fn take_prepared(&self, shared: &Shared, class: Class) -> Result<Option<Spare>, StoreError> {
+        let is_there = {
+            let mut inner = self.inner.lock();
+            inner.wanted[class.index()] = true;
+            !inner.prepared[class.index()].is_empty()
+        };
+        if !is_there || shared.is_tight() {
+            return Ok(None);
+        }
         let no = {
             let mut inner = self.inner.lock();
-            inner.wanted[class.index()] |= class != Class::SMALLEST;
             inner.calm_rounds = 0;
-            match inner.prepared[class.index()].last() {
-                None => return Ok(None),
-                Some(_) if shared.is_tight() => return Ok(None),
-                Some(_) => inner.prepared[class.index()].pop(),
-            }
+            inner.prepared[class.index()].pop()
         };
         no.map(|no| self.open(shared, no, class, true)).transpose()
     }
