@@ -316,8 +316,7 @@ impl Machine {
     /// A voter below what it has acknowledged, by its own word or by what the chain's headers say
     /// of it, has lost data: its vote would let a committed update vanish.
     fn has_amnesia(&self, member: &Member, vote: &Vote) -> bool {
-        let at = self.state.members.all().iter().position(|m| m.host == member.host);
-        let seen = at.and_then(|i| self.meta.acked_seen.of(i, self.state.config_seq));
+        let seen = self.meta.acked_seen.of(member.host, &self.state);
         !vote.counts() || seen.is_some_and(|rank| vote.head.rank() < rank)
     }
 

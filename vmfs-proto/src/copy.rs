@@ -288,8 +288,7 @@ impl Machine {
             self.persist_later(env.now);
         }
         if h.acked.len() == self.state.members.len() && vouched {
-            self.meta.acked_seen.at = (h.epoch, h.seq);
-            self.meta.acked_seen.acked.clone_from(&h.acked);
+            self.meta.acked_seen.note(&self.state, h);
         }
         if let Some(mut rule) = before {
             rule.changed_at = h.seq;

@@ -3,11 +3,15 @@
 use vmfs_common::chain::{EpochSecret, Share};
 use vmfs_common::codec::{CodecError, Reader, Writer};
 use vmfs_common::election::{Rank, Vote, decode_head, decode_vote, encode_head, encode_vote};
+use vmfs_common::header::UpdateHeader;
 use vmfs_common::ids::{Digest, Epoch, Head, HostId, Seq};
 use vmfs_common::policy::{Acks, ImagePolicy, MEMBERS_MAX, MemberList, OnQuorumLoss};
+use vmfs_common::state::ImageState;
 
 const MAGIC: [u8; 4] = *b"VMM1";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The oldest that is read: it does not say of which members [`AckedSeen`] is.
+const VERSION_MIN: u32 = 1;
 /// Epochs whose shares are kept.
 const SHARES_MAX: usize = 4;
 const SHARE_MAX_BYTES: usize = 64;
@@ -26,16 +30,33 @@ pub(crate) struct Rule {
 /// The members' acknowledgements as a header stated them, in the order of the list in force there.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct AckedSeen {
-    /// The header.
+    /// The header. After a loss of power the copy may end before it.
     pub(crate) at: Rank,
+    /// Digest of that list; zero in a record of version 1, where only its length tells.
+    pub(crate) members: Digest,
     pub(crate) acked: Vec<Seq>,
 }
 
 impl AckedSeen {
-    /// What the member at this place of the list has acknowledged, when the list is still the one
-    /// that was changed last at `config_seq`.
-    pub(crate) fn of(&self, place: usize, config_seq: Seq) -> Option<Rank> {
-        let seq = self.acked.get(place).filter(|s| **s > Seq::ZERO && self.at.1 > config_seq)?;
+    /// What a header says that `state`'s copy has applied.
+    pub(crate) fn note(&mut self, state: &ImageState, h: &UpdateHeader) {
+        // The digest is taken when it may be another one, not for each update.
+        if self.at.1 <= state.config_seq || h.seq <= self.at.1 || self.members == Digest::default() {
+            self.members = state.members.digest();
+        }
+        self.at = (h.epoch, h.seq);
+        self.acked.clone_from(&h.acked);
+    }
+
+    /// What a member of `state`'s list has acknowledged, if this was stated of that list.
+    pub(crate) fn of(&self, host: HostId, state: &ImageState) -> Option<Rank> {
+        let members = state.members.all();
+        let same = match self.members == Digest::default() {
+            true => self.acked.len() == members.len(),
+            false => self.members == state.members.digest(),
+        };
+        let place = members.iter().position(|m| m.host == host).filter(|_| same)?;
+        let seq = self.acked.get(place).filter(|s| **s > Seq::ZERO && self.at.1 > state.config_seq)?;
         Some((self.at.0, *seq))
     }
 }
@@ -184,6 +205,7 @@ impl Meta {
         }
         put_epoch(&mut w, self.acked_seen.at.0);
         w.u64(self.acked_seen.at.1.0);
+        w.bytes(self.acked_seen.members.as_bytes());
         w.count(self.acked_seen.acked.len());
         self.acked_seen.acked.iter().for_each(|s| w.u64(s.0));
         let mut bytes = w.finish();
@@ -203,7 +225,7 @@ impl Meta {
             return Err(CodecError::Invalid("meta magic"));
         }
         let got = r.u32()?;
-        if got != VERSION {
+        if !(VERSION_MIN..=VERSION).contains(&got) {
             return Err(CodecError::Version { got, known: VERSION });
         }
         if crc32c::crc32c(body).to_le_bytes() != *crc {
@@ -235,11 +257,12 @@ impl Meta {
             None
         };
         let acked_at = (get_epoch(&mut r)?, Seq(r.u64()?));
+        let acked_of = if got > VERSION_MIN { Digest::from_bytes(r.array()?) } else { Digest::default() };
         let acked_len = r.count(MEMBERS_MAX)?;
         let seen = (0..acked_len).map(|_| r.u64().map(Seq)).collect::<Result<_, _>>()?;
         r.end()?;
         Ok(Self {
-            acked_seen: AckedSeen { at: acked_at, acked: seen },
+            acked_seen: AckedSeen { at: acked_at, members: acked_of, acked: seen },
             promised,
             vote,
             begun,
@@ -259,8 +282,9 @@ impl Meta {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmfs_common::identity::Signature;
+    use vmfs_common::identity::{HostKey, Signature};
     use vmfs_common::ids::StoreId;
+    use vmfs_common::policy::{Member, MemberRole};
 
     /// Seed 3207 of the simulator: the power failed between a roll-back and the record of it, and the copy was
     /// taken for one that had lost data, and counted in no election.
@@ -268,8 +292,11 @@ mod tests {
     fn what_was_cut_off_on_purpose_is_not_taken_for_lost() {
         let e = |number| Epoch { number, ..Epoch::default() };
         let (kept, acked) = ((e(1), Seq(5)), (e(1), Seq(9)));
-        let before =
-            Meta { acked, acked_seen: AckedSeen { at: acked, acked: vec![Seq(9)] }, ..Meta::default() };
+        let before = Meta {
+            acked,
+            acked_seen: AckedSeen { at: acked, acked: vec![Seq(9)], ..AckedSeen::default() },
+            ..Meta::default()
+        };
         let tail = |seq| Some(Head { epoch: e(1), seq: Seq(seq), digest: Digest::default() });
         let mut cut = before.clone();
         cut.forgive(kept, tail(12));
@@ -305,7 +332,11 @@ mod tests {
             floor: Some(head),
             forced: Some(e(3)),
             lineage: 6,
-            acked_seen: AckedSeen { at: (e(2), Seq(9)), acked: vec![Seq(7), Seq(0)] },
+            acked_seen: AckedSeen {
+                at: (e(2), Seq(9)),
+                members: Digest::from_bytes([9; 32]),
+                acked: vec![Seq(7), Seq(0)],
+            },
             secret_hash: (e(2), Digest::from_bytes([8; 32])),
             ..Meta::default()
         };
@@ -326,5 +357,34 @@ mod tests {
         assert!(Meta::decode(&bytes[..bytes.len() - 1]).is_err());
         assert!(Meta::decode(&[]).is_err());
         assert_eq!(Meta::decode(&Meta::default().encode()), Ok(Meta::default()));
+    }
+
+    /// One that lacks the digest of the members is taken by their number.
+    #[test]
+    fn a_record_of_version_1_is_read() {
+        let e = Epoch { number: 2, ..Epoch::default() };
+        let acked_seen = AckedSeen { at: (e, Seq(9)), acked: vec![Seq(7), Seq(8)], ..AckedSeen::default() };
+        let new = Meta { acked: (e, Seq(8)), acked_seen, ..Meta::default() };
+        let mut old = new.encode();
+        old.truncate(old.len() - 4);
+        old[4..8].copy_from_slice(&1_u32.to_le_bytes());
+        let list = size_of::<u32>() + 2 * size_of::<u64>();
+        let digest = old.len() - list - Digest::LEN..old.len() - list;
+        assert!(old[digest.clone()].iter().all(|b| *b == 0));
+        old.drain(digest);
+        let crc = crc32c::crc32c(&old);
+        old.extend_from_slice(&crc.to_le_bytes());
+        assert_eq!(Meta::decode(&old).as_ref(), Ok(&new));
+        let member = |n: u8| {
+            let key = HostKey::from_seed([n; 32]);
+            let store = StoreId::from_bytes([n; 16]);
+            Member { host: key.host_id(), store, key: key.public(), role: MemberRole::Replica }
+        };
+        let state = |n: u8| {
+            let members = MemberList::new((1..=n).map(member).collect()).unwrap();
+            ImageState { members, ..ImageState::default() }
+        };
+        let of = |state: &ImageState| new.acked_seen.of(state.members.all()[1].host, state);
+        assert_eq!((of(&state(2)), of(&state(3))), (Some((e, Seq(8))), None));
     }
 }

@@ -247,8 +247,7 @@ impl Machine {
     }
 
     fn vote_for(&self, proposal: vmfs_common::Digest) -> Vote {
-        let me = self.state.members.all().iter().position(|m| m.host == self.id.host);
-        let seen = me.and_then(|i| self.meta.acked_seen.of(i, self.state.config_seq));
+        let seen = self.meta.acked_seen.of(self.id.host, &self.state);
         Vote {
             proposal,
             host: self.id.host,

@@ -616,6 +616,52 @@ fn an_admission_that_lost_its_seal_stops_nobody_when_its_maker_goes_on() {
     c.until("all follow", 10_000, |c| [1, new].iter().all(|a| c.nodes[*a].head() == c.nodes[0].head()));
 }
 
+/// Seed 6013740 of the simulator: what a header says that the members have acknowledged goes by their order in the list
+/// there. A copy that had lost that header, and with it a change of members, with its power took the owner's word of
+/// itself for its own, and counted in no election.
+#[test]
+fn what_the_members_have_acknowledged_is_read_by_the_list_that_it_was_written_by() {
+    let mut c = cluster(&[Replica; 3]);
+    let mut order: Vec<At> = (0..3).collect();
+    order.sort_by_key(|a| c.nodes[*a].id.host);
+    // In the list without the first, the owner has the voter's place.
+    let [removed, voter, owner] = order[..] else { unreachable!("three hosts") };
+    if owner != 0 {
+        assert!(promote(&mut c, owner).is_ok());
+    }
+    c.write_and_flush(owner);
+    c.run(1000);
+    let (host, kept) = (c.nodes[removed].id.host, c.nodes[voter].log.len());
+    assert_eq!(kept, c.nodes[owner].log.len());
+    c.isolate(owner);
+    c.writes(owner, 5);
+    c.flush(owner);
+    c.run(100);
+    c.op(owner, |token| Input::RemoveMember { host, token });
+    let made =
+        |c: &Cluster| c.nodes[owner].log.iter().position(|(u, _)| matches!(u.header.op, Op::Members(_)));
+    c.until("it is made", 1000, |c| made(c).is_some());
+    let seal = made(&c).unwrap() + 1;
+    c.writes(owner, 5);
+    assert!(matches!(c.nodes[owner].log[seal].0.header.op, Op::Seal(_)));
+    c.kill(owner);
+    c.restart(owner);
+    c.until("it is sent the change", 10_000, |c| c.nodes[voter].log.len() > seal + 1);
+    c.cut(owner, voter);
+    c.run(100);
+    assert_eq!(
+        c.nodes[voter].head().epoch,
+        c.nodes[voter].log[kept - 1].0.header.epoch,
+        "nothing of the next"
+    );
+    [voter, owner].into_iter().for_each(|a| c.kill(a));
+    c.lose_log(voter, kept);
+    c.restart(voter);
+    c.restart(owner);
+    c.until("elected", 20_000, |c| c.owner() == Some(owner));
+    c.write_and_flush(owner);
+}
+
 /// What an owner offers.
 fn offer_of(c: &Cluster, owner: At) -> Packet {
     let node = &c.nodes[owner];
