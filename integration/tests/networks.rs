@@ -105,6 +105,31 @@ fn a_narrow_link_is_filled_and_never_taken_for_a_dead_host() {
     cluster.assert_copies_identical(IMAGE);
 }
 
+/// What is under way at first is 2 MiB, which would be 20 MiB/s here (docs/decisions/0017).
+#[test]
+fn a_distant_replica_is_sent_what_the_way_there_takes() {
+    const COUNT: usize = 192;
+    let mut cluster = Cluster::start_on_lan("distant", 2);
+    let file = make(&cluster, (COUNT * MIB) as u64);
+    let before = (epoch(&cluster), connections(&cluster, "a"));
+    let delay = Duration::from_millis(50);
+    cluster.lan().set_delay(delay);
+    let _ = flush_median(&file, 11);
+    let start = Instant::now();
+    for i in 0..COUNT {
+        file.write_all_at(&bytes::noise(i as u64, MIB), (i * MIB) as u64).unwrap();
+    }
+    file.sync_data().unwrap();
+    let rate = COUNT as f64 / start.elapsed().as_secs_f64();
+    println!("{rate:.1} MiB/s over {delay:?} each way");
+    let small_window = 2.0 / (2 * delay).as_secs_f64();
+    assert!(rate > 1.25 * small_window, "only {rate:.1} MiB/s");
+    assert_calm(&cluster, &before);
+    cluster.lan().heal();
+    drop(file);
+    cluster.assert_copies_identical(IMAGE);
+}
+
 #[test]
 fn guest_only_waits_on_lossy_slow_narrow_and_cut_networks() {
     println!("guest kit: {}", Kit::get().work_dir().display());

@@ -41,12 +41,12 @@ pub struct NetConfig {
     pub redial_max: Duration,
     /// Image streams that one peer may have open towards this host.
     pub streams_max: u32,
-    /// Bytes of one stream that a peer may send ahead of the handler.
+    /// Bytes of one stream that a peer may send ahead of the handler; on loopback a quarter.
     pub stream_window_bytes: u32,
     /// Bytes of all streams together that a peer may send ahead of the handlers.
     pub receive_window_bytes: u32,
-    /// Bytes that may be on their way to one peer, written and not yet acknowledged. Whatever is
-    /// ahead of a flush in this window is part of its latency.
+    /// Bytes that may be on their way to one peer, written and not yet acknowledged; more where the way is long,
+    /// except on loopback. Whatever is ahead of a flush in this window is part of its latency.
     pub send_window_bytes: u32,
     /// Tuning of congestion control and packet sizes.
     pub tuning: Tuning,
@@ -111,7 +111,7 @@ impl NetConfig {
             request_timeout: Duration::from_secs(5),
             redial_max: Duration::from_secs(2),
             streams_max: 4096,
-            stream_window_bytes: 4 << 20,
+            stream_window_bytes: 16 << 20,
             receive_window_bytes: 64 << 20,
             send_window_bytes: 2 << 20,
             tuning: Tuning::default(),

@@ -27,10 +27,11 @@ pub const REQUEST_BYTES_MAX: usize = 1 << 20;
 pub const PREFIX_BYTES: usize = 5;
 
 /// Bytes that the unfinished frames of one peer may have, all of each counted from its first byte on.
-/// An honest peer stays below [`SEND_BYTES_MAX`] plus what its send window ends plus 16 KiB per stream.
+/// An honest peer stays below twice [`SEND_BYTES_MAX`] (large frames being written now, and those that were when the
+/// oldest byte under way was) plus its send window plus 16 KiB per stream.
 pub(crate) const PARTIAL_BYTES_MAX: usize = 192 << 20;
 /// Bytes of large frames that one side writes at a time, over all streams to one peer.
-pub(crate) const SEND_BYTES_MAX: usize = 64 << 20;
+pub(crate) const SEND_BYTES_MAX: usize = 48 << 20;
 
 /// Kind of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

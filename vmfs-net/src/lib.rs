@@ -26,6 +26,7 @@ pub mod spot;
 mod stream;
 mod tls;
 mod transport;
+mod window;
 
 pub use config::{Answer, Congestion, Handlers, NetConfig, NetEvent, RequestHandler, StreamHandler, Tuning};
 pub use directory::{Directory, HostEntry, HostRole};

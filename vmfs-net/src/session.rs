@@ -21,6 +21,8 @@ use crate::hello::Hello;
 use crate::network::Shared;
 use crate::pki::CertInfo;
 use crate::stream::{Fault, FrameReader, SendShare};
+use crate::transport;
+use crate::window::SendWindow;
 
 /// Requests of one peer that run at a time.
 pub(crate) const REQUESTS_MAX: u32 = 64;
@@ -107,7 +109,7 @@ pub(crate) async fn run(
         if shared.decides_for(session.host) {
             accept(&mut send).await?;
         }
-        write_control(&shared, &beats, send).await
+        write_control(&shared, &session.connection, &beats, send).await
     };
     let result = tokio::select! {
         e = write => e,
@@ -205,7 +207,13 @@ async fn accept(send: &mut SendStream) -> Result<(), NetError> {
     send.write_chunk(frame).await.map_err(NetError::from_write)
 }
 
-async fn write_control(shared: &Shared, beats: &Beats, mut send: SendStream) -> Result<(), NetError> {
+async fn write_control(
+    shared: &Shared,
+    connection: &Connection,
+    beats: &Beats,
+    mut send: SendStream,
+) -> Result<(), NetError> {
+    let mut window = SendWindow::new(u64::from(shared.cfg.send_window_bytes), Instant::now());
     let mut news = shared.directory.watch();
     news.mark_changed();
     let mut tick = tokio::time::interval(shared.cfg.beat);
@@ -216,6 +224,14 @@ async fn write_control(shared: &Shared, beats: &Beats, mut send: SendStream) -> 
             _ = news.changed() => frame::encode(Kind::Hosts, &shared.directory.gossip_bytes())?,
         };
         send.write_chunk(frame).await.map_err(NetError::from_write)?;
+        if !transport::is_near(connection.remote_address()) {
+            let carried = connection.stats();
+            let sent_bytes = carried.udp_tx.bytes.saturating_sub(carried.path.lost_bytes);
+            if let Some(bytes) = window.measure(Instant::now(), connection.rtt(), sent_bytes) {
+                tracing::debug!("{bytes} bytes may be on their way to {}", connection.remote_address());
+                connection.set_send_window(bytes);
+            }
+        }
     }
 }
 

@@ -172,7 +172,7 @@ impl StreamSender {
         let stream = self.stream.as_mut().expect("invariant: opened above");
         let _permit = if len > LARGE_BYTES {
             let kib =
-                u32::try_from(len.min(SEND_BYTES_MAX).div_ceil(1024)).expect("invariant: at most 64 MiB");
+                u32::try_from(len.min(SEND_BYTES_MAX).div_ceil(1024)).expect("invariant: at most 48 MiB");
             let permit = self.share.permits.acquire_many(kib).await;
             Some(permit.expect("invariant: this semaphore is never closed"))
         } else {

@@ -71,7 +71,7 @@ impl Transport {
     }
 }
 
-fn is_near(address: SocketAddr) -> bool {
+pub(crate) fn is_near(address: SocketAddr) -> bool {
     address.ip().to_canonical().is_loopback()
 }
 
@@ -98,7 +98,8 @@ fn transport(cfg: &NetConfig, near: bool) -> TransportConfig {
     t.max_concurrent_uni_streams(VarInt::from_u32(0));
     t.max_concurrent_bidi_streams(VarInt::from_u32(1));
     t.receive_window(VarInt::from_u32(STRANGER_WINDOW_BYTES));
-    t.stream_receive_window(VarInt::from_u32(cfg.stream_window_bytes));
+    let stream_window_bytes = if near { cfg.stream_window_bytes / 4 } else { cfg.stream_window_bytes };
+    t.stream_receive_window(VarInt::from_u32(stream_window_bytes));
     t.send_window(u64::from(cfg.send_window_bytes));
     t.datagram_receive_buffer_size(None);
     let max = if near { tuning.loopback_mtu_max.min(UDP_PAYLOAD_MAX) } else { GSO_MTU_MAX };

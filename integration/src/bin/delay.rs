@@ -34,24 +34,10 @@ struct Row {
 }
 
 fn main() -> std::io::Result<()> {
-    let mut cluster = Cluster::start_on_lan("delaybench", 2);
-    let file = make(&cluster, "disk.raw", IMAGE_MIB)?;
-    let others: Vec<File> =
-        (0..WRITERS).map(|w| make(&cluster, &format!("disk{w}.raw"), 4)).collect::<std::io::Result<_>>()?;
-    // Once over everything: what is measured later overwrites.
-    let _ = write_all(&file)?;
     let mut rows = Vec::new();
     for delay_ms in DELAYS_MS {
-        cluster.lan().set_delay(Duration::from_millis(delay_ms));
-        cluster.wait_in_sync("disk.raw");
-        // The connection measures the way while nothing else is on it.
-        std::thread::sleep(SETTLE);
-        let throughput_mib = write_all(&file)?;
-        let mut took = flushes(&file)?;
-        took.sort();
-        let parallel_flushes = parallel(&others)?;
-        let at = |share: usize| took[(took.len() - 1) * share / 100];
-        let row = Row { delay_ms, flush_median: at(50), flush_p99: at(99), parallel_flushes, throughput_mib };
+        // Each on a connection of its own: what congestion control has learnt on another way is no use.
+        let row = measure(delay_ms)?;
         eprintln!("{}", line(&row));
         rows.push(row);
     }
@@ -61,6 +47,24 @@ fn main() -> std::io::Result<()> {
         replace(&repository().join("docs/performance.md"), &table)?;
     }
     Ok(())
+}
+
+fn measure(delay_ms: u64) -> std::io::Result<Row> {
+    let mut cluster = Cluster::start_on_lan("delaybench", 2);
+    cluster.lan().set_delay(Duration::from_millis(delay_ms));
+    let file = make(&cluster, "disk.raw", IMAGE_MIB)?;
+    let others: Vec<File> =
+        (0..WRITERS).map(|w| make(&cluster, &format!("disk{w}.raw"), 4)).collect::<std::io::Result<_>>()?;
+    // Once over everything: what is measured overwrites.
+    let _ = write_all(&file)?;
+    cluster.wait_in_sync("disk.raw");
+    std::thread::sleep(SETTLE);
+    let throughput_mib = write_all(&file)?;
+    let mut took = flushes(&file)?;
+    took.sort();
+    let parallel_flushes = parallel(&others)?;
+    let at = |share: usize| took[(took.len() - 1) * share / 100];
+    Ok(Row { delay_ms, flush_median: at(50), flush_p99: at(99), parallel_flushes, throughput_mib })
 }
 
 fn make(cluster: &Cluster, name: &str, mib: usize) -> std::io::Result<File> {
