@@ -88,7 +88,6 @@ mod tests {
 
     const LEAST: u64 = 2 << 20;
     const TICK: Duration = Duration::from_millis(250);
-
     const SECOND: Duration = Duration::from_secs(1);
 
     /// A way that carries so many bytes a second and takes so long there and back; what it cannot carry at once

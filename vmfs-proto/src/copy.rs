@@ -288,7 +288,7 @@ impl Machine {
             self.persist_later(env.now);
         }
         if h.acked.len() == self.state.members.len() && vouched {
-            self.meta.acked_seen.note(&self.state, h);
+            self.meta.acked_seen.note(&self.state, (h.epoch, h.seq), &h.acked);
         }
         if let Some(mut rule) = before {
             rule.changed_at = h.seq;

@@ -3,7 +3,6 @@
 use vmfs_common::chain::{EpochSecret, Share};
 use vmfs_common::codec::{CodecError, Reader, Writer};
 use vmfs_common::election::{Rank, Vote, decode_head, decode_vote, encode_head, encode_vote};
-use vmfs_common::header::UpdateHeader;
 use vmfs_common::ids::{Digest, Epoch, Head, HostId, Seq};
 use vmfs_common::policy::{Acks, ImagePolicy, MEMBERS_MAX, MemberList, OnQuorumLoss};
 use vmfs_common::state::ImageState;
@@ -38,14 +37,16 @@ pub(crate) struct AckedSeen {
 }
 
 impl AckedSeen {
-    /// What a header says that `state`'s copy has applied.
-    pub(crate) fn note(&mut self, state: &ImageState, h: &UpdateHeader) {
-        // The digest is taken when it may be another one, not for each update.
-        if self.at.1 <= state.config_seq || h.seq <= self.at.1 || self.members == Digest::default() {
+    /// What the header `at` says, which `state`'s copy has applied.
+    pub(crate) fn note(&mut self, state: &ImageState, at: Rank, acked: &[Seq]) {
+        // The digest is taken when it may be another one, not for each update: what was noted before may be of a list
+        // changed since, of a tail that was lost, or of another chain.
+        let goes_on = at.0 == self.at.0 && at.1 > self.at.1 && self.at.1 > state.config_seq;
+        if !goes_on || self.members == Digest::default() {
             self.members = state.members.digest();
         }
-        self.at = (h.epoch, h.seq);
-        self.acked.clone_from(&h.acked);
+        self.at = at;
+        acked.clone_into(&mut self.acked);
     }
 
     /// What a member of `state`'s list has acknowledged, if this was stated of that list.
@@ -359,6 +360,31 @@ mod tests {
         assert_eq!(Meta::decode(&Meta::default().encode()), Ok(Meta::default()));
     }
 
+    fn state(members: std::ops::RangeInclusive<u8>) -> ImageState {
+        let member = |n: u8| {
+            let (key, store) = (HostKey::from_seed([n; 32]), StoreId::from_bytes([n; 16]));
+            Member { host: key.host_id(), store, key: key.public(), role: MemberRole::Replica }
+        };
+        ImageState {
+            members: MemberList::new(members.map(member).collect()).unwrap(),
+            ..ImageState::default()
+        }
+    }
+
+    #[test]
+    fn what_was_noted_of_a_lost_chain_says_nothing_of_the_list_of_another() {
+        let e = |number| Epoch { number, ..Epoch::default() };
+        let changed_at = |state: ImageState, seq| ImageState { config_seq: Seq(seq), ..state };
+        let (lost, kept) = (changed_at(state(1..=2), 5), changed_at(state(2..=3), 6));
+        let mut seen = AckedSeen::default();
+        seen.note(&lost, (e(1), Seq(9)), &[Seq(8), Seq(9)]);
+        assert_eq!(seen.of(kept.members.all()[0].host, &kept), None);
+        // The other chain has gone on beyond it, by a list that was changed before.
+        seen.note(&kept, (e(2), Seq(12)), &[Seq(11), Seq(12)]);
+        assert_eq!(seen.of(kept.members.all()[0].host, &kept), Some((e(2), Seq(11))));
+        assert_eq!(seen.of(lost.members.all()[0].host, &lost), None);
+    }
+
     /// One that lacks the digest of the members is taken by their number.
     #[test]
     fn a_record_of_version_1_is_read() {
@@ -375,16 +401,7 @@ mod tests {
         let crc = crc32c::crc32c(&old);
         old.extend_from_slice(&crc.to_le_bytes());
         assert_eq!(Meta::decode(&old).as_ref(), Ok(&new));
-        let member = |n: u8| {
-            let key = HostKey::from_seed([n; 32]);
-            let store = StoreId::from_bytes([n; 16]);
-            Member { host: key.host_id(), store, key: key.public(), role: MemberRole::Replica }
-        };
-        let state = |n: u8| {
-            let members = MemberList::new((1..=n).map(member).collect()).unwrap();
-            ImageState { members, ..ImageState::default() }
-        };
         let of = |state: &ImageState| new.acked_seen.of(state.members.all()[1].host, state);
-        assert_eq!((of(&state(2)), of(&state(3))), (Some((e, Seq(8))), None));
+        assert_eq!((of(&state(1..=2)), of(&state(1..=3))), (Some((e, Seq(8))), None));
     }
 }
