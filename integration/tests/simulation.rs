@@ -70,13 +70,14 @@ fn random_clusters_keep_the_promises_and_converge_when_healed() {
 /// or one that was cut, for the last contact; a damaged page of the older map in a cut; an offer that was refused in
 /// silence; pages of a failed sync that were believed; an owner's own Seal between a Root and its Seal; a vote that was
 /// said before it was on the disk; a member that waited for an owner that was none any more; a repair that was not
-/// read back; a removal without its Seal, which its own voters refused; a candidate that gave way to an old offer.
+/// read back; a removal without its Seal, which its own voters refused; a candidate that gave way to an old offer; acknowledgements
+/// read by another member list; segments without a header that were taken for others.
 #[test]
 fn seeds_that_found_bugs_stay_clean() {
     let seeds = [
         30_120, 32_490, 35_590, 50_864, 71_871, 200_889, 201_549, 209_282, 211_317, 211_904, 214_394,
         220_975, 223_140, 300_953, 415_319, 518_779, 521_378, 538_595, 609_800, 610_209, 617_294, 619_867,
-        619_998, 627_753, 628_142, 634_326, 800_474, 2_005_713, 2_010_750, 2_019_481,
+        619_998, 627_753, 628_142, 634_326, 800_474, 2_005_713, 2_010_750, 2_019_481, 6_013_740, 7_030_053,
     ];
     for seed in seeds {
         if let Err(failure) = sim::run(seed, TICKS) {

@@ -31,6 +31,9 @@ pub(crate) struct Candidate {
     pub(crate) header: SegmentHeader,
 }
 
+/// Of every segment that the checkpoints of any image list, by number: the latest use, as its generation.
+pub(crate) type Claims = BTreeMap<u32, u64>;
+
 /// An image's checkpoints as read, before its log is.
 pub(crate) struct Loaded {
     pub(crate) image: ImageId,
@@ -129,11 +132,12 @@ pub(crate) fn recover(
     shared: &Arc<Shared>,
     loaded: Loaded,
     candidates: Vec<Candidate>,
+    claims: &Claims,
 ) -> Result<Recovered, StoreError> {
     let newest = loaded.newest();
     let body = &newest.body;
     let fallback = loaded.is_fallback();
-    let segments = segments_of(shared, body, fallback)?;
+    let segments = segments_of(shared, body, fallback, claims)?;
     let chain = chain_of(body, &segments);
     let own: BTreeSet<(u32, u64)> = loaded.own().collect();
     let mut later: BTreeMap<u64, Candidate> = BTreeMap::new();
@@ -189,24 +193,39 @@ fn segments_of(
     shared: &Shared,
     body: &Body,
     fallback: bool,
+    claims: &Claims,
 ) -> Result<BTreeMap<u32, Arc<Segment>>, StoreError> {
     let mut segments = BTreeMap::new();
     for r in body.segments.iter().chain(body.forks.iter().flat_map(|f| &f.chain)) {
-        if fallback && !segments.contains_key(&r.no) {
-            let header = match shared.files.segment(r.no) {
-                Ok(file) => SegmentHeader::read(r.no, &*file)?,
-                Err(StoreError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
-                Err(e) => return Err(e),
-            };
-            if header.is_none_or(|h| h.generation != r.generation) {
-                continue;
-            }
+        if fallback && !segments.contains_key(&r.no) && !is_still_there(shared, r, claims)? {
+            continue;
         }
         segments
             .entry(r.no)
             .or_insert_with(|| Arc::new(Segment::new(r.no, r.class, r.generation, r.prepared)));
     }
     Ok(segments)
+}
+
+/// Whether a segment that an older checkpoint lists is still what it was. A header in neither copy does not say
+/// that it was used again: then it is, unless somebody lists a later use, if blocks of the content are in it (which
+/// the checkpoint after this one has kept) or its first page is of that use.
+fn is_still_there(shared: &Shared, row: &SegmentRow, claims: &Claims) -> Result<bool, StoreError> {
+    let file = match shared.files.segment(row.no) {
+        Ok(file) => file,
+        Err(StoreError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(false);
+        }
+        Err(e) => return Err(e),
+    };
+    if let Some(header) = SegmentHeader::read(row.no, &*file)? {
+        return Ok(header.generation == row.generation);
+    }
+    if claims.get(&row.no).is_some_and(|latest| *latest > row.generation) {
+        return Ok(false);
+    }
+    let seg = Segment::new(row.no, row.class, row.generation, false);
+    Ok(row.live > 0 || Records::from_start(shared, &seg)?.position().is_some())
 }
 
 fn chain_of(body: &Body, segments: &BTreeMap<u32, Arc<Segment>>) -> Vec<ChainSegment> {

@@ -25,7 +25,7 @@ use crate::map::tree::{Base, FreePages};
 use crate::map::{Content, Segments};
 use crate::meta::Meta;
 use crate::pool::{Pool, Reserve};
-use crate::recover::{Candidate, Loaded, recover};
+use crate::recover::{Candidate, Claims, Loaded, recover};
 use crate::rot::{Ledger, Rot};
 use crate::segment::{Class, Kind, Segment, SegmentHeader, file_name};
 use crate::shared::{Generations, Indexes, Shared};
@@ -453,6 +453,8 @@ impl Opening {
                     let len = file.len_bytes().during(|| format!("opening {name}"))?;
                     unused.push((no, h.class, h.kind == Kind::Pool && len == h.class.bytes()));
                 }
+                // It may be one of an image that cannot be opened.
+                None if !self.damaged.is_empty() => {}
                 None => {
                     let len = file.len_bytes().during(|| format!("opening {name}"))?;
                     let exact = Class::ALL.into_iter().find(|c| c.bytes() == len);
@@ -464,6 +466,11 @@ impl Opening {
         Ok(())
     }
     fn recover(mut self, shared: &Arc<Shared>) -> Result<Self, StoreError> {
+        let mut claims = Claims::new();
+        for (no, generation) in self.loaded.iter().flat_map(Loaded::listed) {
+            let latest = claims.entry(no).or_default();
+            *latest = generation.max(*latest);
+        }
         let jobs: Vec<_> = std::mem::take(&mut self.loaded)
             .into_iter()
             .map(|l| {
@@ -477,7 +484,7 @@ impl Opening {
             while let Some(job) = jobs.get(next.fetch_add(1, Ordering::AcqRel)) {
                 if let Some((loaded, candidates)) = job.lock().take() {
                     let image = loaded.image;
-                    let result = recover(shared, loaded, candidates);
+                    let result = recover(shared, loaded, candidates, &claims);
                     results.lock().push((image, result));
                 }
             }

@@ -1,5 +1,6 @@
 //! Whether everything that belongs into a segment is described in it. A header page whose last version never
-//! reached the disk looks like the end of the segment: what came after it can be told only by who wants it.
+//! reached the disk looks like the end of the segment: what came after it can be told only by who wants it. So can
+//! segments that are not there at all.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -66,15 +67,18 @@ impl Kept {
 
 impl Scrub {
     /// Goes on through the content until the read bytes reach `until`: is every block that it shows described
-    /// by a record of its segment?
+    /// by a record of its segment, and is there such a segment?
     pub(super) fn described(&mut self, from: u64, until: u64) -> Result<(), StoreError> {
         let image = Arc::clone(&self.image);
         self.stage = Stage::Described(from);
         let content = image.map.read().content.clone();
-        let reached = |entry: &Entry| {
-            let seg = content.segments.get(&entry.segment_no())?;
+        let missed = |entry: &Entry| {
+            let name = file_name(entry.segment_no());
+            let Some(seg) = content.segments.get(&entry.segment_no()) else {
+                return Some(format!("blocks in {name}, which is missing"));
+            };
             let (_, reach) = self.reached.0.get(&seg.no).filter(|(g, _)| *g == seg.generation)?;
-            reach.lacks(entry.page()).then_some(seg)
+            reach.lacks(entry.page()).then(|| format!("description of blocks in {name}"))
         };
         let (mut read, mut stopped) = (0, None);
         let walked = content.for_each(&image.shared, from..BLOCKS_MAX, |start, entries| {
@@ -83,8 +87,7 @@ impl Scrub {
                 return Ok(false);
             }
             read += PAGE_U64;
-            for seg in entries.iter().filter(|e| e.is_data()).filter_map(reached) {
-                let what = format!("description of blocks in {}", file_name(seg.no));
+            for what in entries.iter().filter(|e| e.is_data()).filter_map(missed) {
                 image.shared.rot.found(Some(image.id), &what);
             }
             Ok(true)
