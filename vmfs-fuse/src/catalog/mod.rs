@@ -39,6 +39,8 @@ use format::{HEADER_BYTES, Header, Record, Tag, decode_header, decode_record, en
 pub const DIR: &str = "catalog";
 /// The journal is compacted when it is this long and longer than four snapshots.
 const COMPACT_BYTES: u64 = 1 << 20;
+/// What [`DiskFile::forget`] counts in.
+const PAGE_BYTES: u64 = 4096;
 /// Rows per record of a snapshot.
 const SNAPSHOT_ROWS: usize = 256;
 
@@ -190,6 +192,7 @@ impl Catalog {
         let files = [Some(&inner.file), inner.copy.as_ref()];
         for (bytes, file) in copies.iter_mut().zip(files) {
             let Some(file) = file else { continue };
+            forget(&**file)?;
             *bytes = vec![0; usize::try_from(inner.end).map_err(io::Error::other)?];
             file.read_at(bytes, 0)?;
         }
@@ -355,6 +358,11 @@ fn write_copy(disk: &dyn Disk, generation: u64, bytes: &[u8]) -> Option<Arc<dyn 
     write().inspect_err(|error| tracing::warn!(%error, "the catalog has no second copy")).ok()
 }
 
+/// Has the file read from the disk the next time, as far as it was written there.
+fn forget(file: &dyn DiskFile) -> io::Result<()> {
+    file.forget(0..file.len_bytes()?.div_ceil(PAGE_BYTES))
+}
+
 /// The whole content of a file; empty when there is none.
 fn read_whole(file: io::Result<Arc<dyn DiskFile>>) -> io::Result<Vec<u8>> {
     let file = match file {
@@ -407,6 +415,10 @@ impl Copies {
 fn load(disk: &dyn Disk, generation: u64, only: bool) -> Result<Option<Inner>, CatalogError> {
     let name = file_name(generation);
     let file = disk.open(&name, false)?;
+    // What a killed process left in the page cache is acted upon: pin it down first. What a failed flush was for looks
+    // clean there, and is not on the disk.
+    file.sync()?;
+    forget(&*file)?;
     let bytes = read_whole(Ok(Arc::clone(&file)))?;
     let len = bytes.len();
     let copy = read_whole(disk.open(&copy_name(generation), false))?;
@@ -453,8 +465,9 @@ fn load(disk: &dyn Disk, generation: u64, only: bool) -> Result<Option<Inner>, C
     if at < len {
         file.set_len(at as u64)?;
     }
-    // What a killed process left in the page cache is read here and acted upon: pin it down first.
-    file.sync()?;
+    if mended || at < len {
+        file.sync()?;
+    }
     let copy = if copy == bytes[..at] {
         Some(disk.open(&copy_name(generation), false)?)
     } else {

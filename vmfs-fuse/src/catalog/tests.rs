@@ -2,6 +2,7 @@ use super::*;
 use crate::testdisk::{MemDisk, Rng};
 use std::sync::atomic::Ordering;
 use vmfs_common::ids::ImageId;
+use vmfs_store::simdisk::SimDisk;
 
 const FILE: &str = "catalog/0000000000000001.cat";
 const COPY: &str = "catalog/0000000000000001.cat.copy";
@@ -213,6 +214,33 @@ fn a_failed_write_changes_nothing_and_a_failed_sync_latches() {
     disk.faults.syncs_left.store(0, Ordering::Relaxed);
     assert!(matches!(catalog.sync(ticket), Err(CatalogError::Latched)));
     assert!(matches!(catalog.append(&[]), Err(CatalogError::Latched)));
+}
+
+/// A flush has failed, and the daemon was started again: what that flush was for is in the page cache, and later
+/// transactions follow it.
+#[test]
+fn what_a_failed_sync_was_for_takes_no_later_transaction_with_it() {
+    for seed in 0..60 {
+        let disk = SimDisk::new(1 << 30);
+        let open = |disk: &SimDisk| Catalog::open(Arc::new(disk.clone()), &Meta::default()).unwrap();
+        let catalog = open(&disk);
+        catalog.append(&[Change::Put(10, dir("a", 1))]).unwrap();
+        catalog.sync_all().unwrap();
+        disk.fail_syncs(true);
+        let link = |n: u64| {
+            let kind = Kind::Symlink { target: vec![b'x'; 3000], meta: Meta::default() };
+            Change::Put(20 + n, Row { parent: 1, name: format!("l{n}"), kind })
+        };
+        catalog.append(&(0..seed % 7).map(link).collect::<Vec<_>>()).unwrap();
+        catalog.sync_all().unwrap_err();
+        disk.fail_syncs(false);
+        let disk = disk.kill();
+        let catalog = open(&disk);
+        assert!(catalog.rows().rows.contains_key(&10));
+        catalog.append(&[Change::Put(11, dir("b", 1))]).unwrap();
+        catalog.sync_all().unwrap();
+        assert_eq!(open(&disk.power_cut(seed)).rows(), catalog.rows(), "seed {seed}");
+    }
 }
 
 #[test]
