@@ -2,7 +2,8 @@
 //! concurrent writers share one device flush.
 //!
 //! The journal is a sequence of numbered groups. Every group is written twice in a row, each copy
-//! in pages of its own, so that neither a torn write nor a lost page takes an older value with it.
+//! in pages of its own, so that neither a torn write nor a lost page takes an older value with it. The first group is
+//! there before the file has its name, so that a journal without it is damaged, and never just new.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -152,16 +153,18 @@ impl Meta {
     /// Reads the journal, or starts one.
     ///
     /// # Errors
-    /// [`StoreError::Corrupt`] when a group in the middle is lost: a promise might be in it.
+    /// [`StoreError::Corrupt`] when a group before another, or the first, is lost: a promise might be in it.
     pub(crate) fn open(shared: &Shared) -> Result<Self, StoreError> {
         let what = || "opening the metadata journal".to_owned();
         shared.disk.remove(NEW_NAME).during(what)?;
         let file = shared.disk.open(NAME, true).during(what)?;
-        shared.disk.sync_names("").during(what)?;
         let end = file.len_bytes().during(what)?;
         let mut values = BTreeMap::new();
         let (mut at, mut good_end, mut expected) = (0, 0, None);
         let (mut copies, mut gap, mut damaged) = (0u64, false, false);
+        // The number of the first group, when the first thing found is not at the start.
+        let mut second_copy = None;
+        let lost = || StoreError::corrupt("the metadata journal");
         while at < end {
             let Some(group) = read_group(&*file, at, end)? else {
                 gap = true;
@@ -174,13 +177,22 @@ impl Meta {
             // The other copy of the one before has its number.
             let wanted = expected.unwrap_or(group.number);
             if group.number > wanted {
-                return Err(StoreError::corrupt("the metadata journal"));
+                return Err(lost());
+            }
+            if expected.is_none() && at > 0 {
+                // The second copy of the first group, or that was lost, and this is a later one.
+                if at != group.copy_bytes {
+                    return Err(lost());
+                }
+                second_copy = Some(group.number);
+            } else if second_copy == Some(group.number) {
+                return Err(lost());
             }
             at += group.copy_bytes;
             good_end = at;
             if group.number == wanted {
                 let next = wanted.checked_add(1);
-                expected = Some(next.ok_or_else(|| StoreError::corrupt("the metadata journal"))?);
+                expected = Some(next.ok_or_else(lost)?);
                 for (key, value) in group.changes {
                     match value {
                         Some(v) => values.insert(key, v),
@@ -188,6 +200,9 @@ impl Meta {
                     };
                 }
             }
+        }
+        if end > 0 && expected.is_none() {
+            return Err(lost());
         }
         let journal = Journal { file, end: good_end, allocated: end, next_group: expected.unwrap_or(1) };
         let all: Vec<Change> = values.iter().map(|(k, v)| (*k, Some(Value::clone(v)))).collect();
@@ -197,10 +212,8 @@ impl Meta {
         if damaged || !copies.is_multiple_of(2) {
             shared.rot.found_and_repaired(None, NAME, "from its second copy");
         }
-        if end > 0 {
-            // What was read may be in the page cache alone, and a sync may have failed on it.
-            this.rewrite(shared, &all)?;
-        }
+        // What was read may be in the page cache alone, and a sync may have failed on it.
+        this.rewrite(shared, &all)?;
         Ok(this)
     }
 
@@ -350,7 +363,9 @@ impl Meta {
         shared.disk.sync_names("").during(what)?;
         let end = group.len() as u64;
         *journal = Journal { file, end, allocated: end, next_group: journal.next_group + 1 };
-        journal.make_room(shared);
+        if !all.is_empty() {
+            journal.make_room(shared);
+        }
         Ok(())
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use common::{IMAGE, Model, Rig, block, open, small};
 use vmfs_common::hash::block_digest;
-use vmfs_common::{BlockCount, BlockIndex, Head, Seq};
+use vmfs_common::{BlockCount, BlockIndex, Head, ImageId, Seq};
 use vmfs_store::disk::Disk as _;
 use vmfs_store::simdisk::SimDisk;
 use vmfs_store::{BadPayload, ImageStore, Store, StoreConfig, StoreError};
@@ -104,8 +104,8 @@ fn assert_whole(disk: &SimDisk, store: &Store, image: &Arc<ImageStore>, model: &
 fn must_be_found(name: &str, page: u64) -> bool {
     match name {
         "store" => page < 4,
-        // The second page is padding in part.
-        "meta" => page == 0,
+        // The first group is empty, and the second page of the next one is padding in part.
+        "meta" => page == 2,
         _ => name.starts_with("map/") && !name.ends_with(".copy") && page < 2,
     }
 }
@@ -614,4 +614,32 @@ fn a_copy_whose_log_is_damaged_cannot_be_rolled_back_and_is_replaced() {
     assert_eq!(rig.image.head(), base.head());
     assert_eq!((fork.head, fork.updates, fork.ancestor), (head, updates, Head::default()));
     assert!(rig.image.read_fork(&fork.name, Seq(1), 1 << 20).is_err(), "it says that it is damaged");
+}
+
+/// Promises are in it: a store that has lost one must not go on without.
+#[test]
+fn a_journal_of_metadata_whose_first_group_is_lost_is_not_taken_for_a_shorter_one() {
+    let id = |i: u64| ImageId::from_bytes([i as u8 + 1; 16]);
+    for (first_bytes, later, whole) in
+        [(10, 0, 0), (10, 1, 0), (10, 3, 0), (5000, 2, 0), (10, 2, 1), (5000, 3, 1)]
+    {
+        let rig = Rig::new();
+        rig.store.put_meta(id(0), &vec![1; first_bytes]).unwrap();
+        // One group now, which holds all of it.
+        let disk = rig.disk.kill();
+        let store = open(&disk, small()).unwrap();
+        for i in 0..later {
+            store.put_meta(id(1 + i), &[2; 10]).unwrap();
+        }
+        let disk = disk.kill();
+        let pages = (24 + 21 + first_bytes as u64).div_ceil(4096);
+        for copy in whole..2 {
+            assert!(disk.flip_bit("meta", copy * pages * 4096 + 30, 1));
+        }
+        let what = format!("{first_bytes} bytes, {later} later groups, {whole} good copies");
+        match open(&disk, small()) {
+            Ok(store) => assert!(whole == 1 && store.meta_keys().len() as u64 == 1 + later, "{what}"),
+            Err(e) => assert!(whole == 0 && matches!(e, StoreError::Corrupt { .. }), "{what}: {e}"),
+        }
+    }
 }
