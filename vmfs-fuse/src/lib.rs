@@ -18,6 +18,3 @@ extern crate self as vmfs_fuse;
 #[cfg(test)]
 #[path = "../tests/support/backend.rs"]
 mod testbackend;
-#[cfg(test)]
-#[path = "../tests/support/disk.rs"]
-mod testdisk;

@@ -5,8 +5,6 @@
 
 #[path = "support/backend.rs"]
 mod backend;
-#[path = "support/disk.rs"]
-mod disk;
 #[path = "support/rig.rs"]
 mod rig;
 
@@ -20,12 +18,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backend::MemBackend;
-use disk::MemDisk;
 use rig::{Rig, errno, pattern, until};
 use vmfs_common::op::Attrs;
 use vmfs_fuse::catalog::{Catalog, Meta};
 use vmfs_fuse::fs::{Fs, Options};
 use vmfs_fuse::mount::{Detached, MountOptions, mount};
+use vmfs_store::simdisk::SimDisk;
 
 #[test]
 fn it_shows_as_what_it_is_and_goes_away() {
@@ -509,7 +507,7 @@ fn a_foreign_file_system_over_the_mount_is_left_alone() {
 fn a_second_mount_on_the_same_point_is_refused_and_open_files_make_it_busy() {
     let mut rig = Rig::new();
     let backend = Arc::new(MemBackend::default());
-    let catalog = Catalog::open(Arc::new(MemDisk::default()), &Meta::default()).unwrap();
+    let catalog = Catalog::open(Arc::new(SimDisk::new(1 << 30)), &Meta::default()).unwrap();
     let fs = Fs::start(backend, catalog, Options::default()).unwrap();
     let error = mount(&fs, &MountOptions::new(&rig.point)).unwrap_err().to_string();
     assert!(error.contains("already mounted (fuse.vmfs"), "{error}");
@@ -570,7 +568,7 @@ fn an_operators_unmount_ends_the_service() {
 fn serve_until_killed(point: &std::path::Path) {
     let options = Options::default();
     let meta = Meta { attrs: Attrs { mode: 0o755, ..options.root }, ..Meta::default() };
-    let catalog = Catalog::open(Arc::new(MemDisk::default()), &meta).unwrap();
+    let catalog = Catalog::open(Arc::new(SimDisk::new(1 << 30)), &meta).unwrap();
     let fs = Fs::start(Arc::new(MemBackend::default()), catalog, options).unwrap();
     let mut mounted = mount(&fs, &MountOptions::new(point)).unwrap();
     let _ = mounted.wait(Duration::from_secs(60));
@@ -597,7 +595,7 @@ fn the_dead_mount_of_a_killed_daemon_is_replaced() {
     daemon.kill().unwrap();
     daemon.wait().unwrap();
     assert_eq!(errno(fs::metadata(point.join("f"))), libc::ENOTCONN);
-    let catalog = Catalog::open(Arc::new(MemDisk::default()), &Meta::default()).unwrap();
+    let catalog = Catalog::open(Arc::new(SimDisk::new(1 << 30)), &Meta::default()).unwrap();
     let files = Fs::start(Arc::new(MemBackend::default()), catalog, Options::default()).unwrap();
     let mounted = mount(&files, &MountOptions::new(&point)).unwrap();
     fs::write(point.join("g"), b"x").unwrap();

@@ -1,11 +1,39 @@
 use super::*;
-use crate::testdisk::{MemDisk, Rng};
-use std::sync::atomic::Ordering;
 use vmfs_common::ids::ImageId;
 use vmfs_store::simdisk::SimDisk;
 
 const FILE: &str = "catalog/0000000000000001.cat";
 const COPY: &str = "catalog/0000000000000001.cat.copy";
+
+/// xorshift64*.
+struct Rng(u64);
+
+impl Rng {
+    fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+fn content(disk: &SimDisk, name: &str) -> Vec<u8> {
+    let file = disk.open(name, false).unwrap();
+    let mut bytes = vec![0; usize::try_from(file.len_bytes().unwrap()).unwrap()];
+    file.read_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn flip(disk: &SimDisk, name: &str, at: usize) {
+    assert!(disk.flip_bit(name, at as u64, 4), "byte {at} of {name}");
+}
+
+fn disk() -> SimDisk {
+    SimDisk::new(1 << 30)
+}
 
 fn dir(name: &str, parent: u64) -> Row {
     Row { parent, name: name.to_owned(), kind: Kind::Dir(Meta::default()) }
@@ -15,8 +43,12 @@ fn image(name: &str, parent: u64, byte: u8) -> Row {
     Row { parent, name: name.to_owned(), kind: Kind::Image(ImageId::from_bytes([byte; 16])) }
 }
 
-fn open(disk: &Arc<MemDisk>) -> Catalog {
-    Catalog::open(disk.clone(), &Meta::default()).unwrap()
+fn try_open(disk: &SimDisk) -> Result<Catalog, CatalogError> {
+    Catalog::open(Arc::new(disk.clone()), &Meta::default())
+}
+
+fn open(disk: &SimDisk) -> Catalog {
+    try_open(disk).unwrap()
 }
 
 /// A random transaction that keeps the rows sound: names are never reused.
@@ -42,118 +74,142 @@ fn random_txn(rng: &mut Rng, n: u64, rows: &Rows) -> Vec<Change> {
     }
 }
 
+/// Also when calls fail, and the process ends and starts again with what is in the page cache.
 #[test]
 fn synced_transactions_survive_a_crash_and_every_state_is_a_prefix() {
-    for seed in 0..400 {
+    let (mut failed_syncs, mut failed_appends, mut failed_compactions) = (0, 0, 0);
+    for seed in 0..1000 {
         let rng = &mut Rng::new(seed);
-        let mut disk = Arc::new(MemDisk::default());
+        let mut disk = disk();
         let mut catalog = open(&disk);
-        let mut synced = catalog.rows();
         // Every state since the last sync: after a crash it must be one of them.
-        let mut since = vec![synced.clone()];
+        let mut since = vec![catalog.rows()];
         for n in 0..60 {
             let mut next = since.last().unwrap().clone();
             let txn = random_txn(rng, n, &next);
-            let ticket = catalog.append(&txn).unwrap();
-            txn.iter().for_each(|c| next.apply(c));
-            since.push(next);
+            let mut gone = false;
+            if seed % 2 == 1 && rng.next().is_multiple_of(4) {
+                disk.fail_call(Some(disk.calls() + 1 + rng.next() % 4));
+            }
+            let ticket = match catalog.append(&txn) {
+                Ok(ticket) => {
+                    txn.iter().for_each(|c| next.apply(c));
+                    since.push(next);
+                    ticket
+                }
+                Err(CatalogError::Latched) => unreachable!("it was opened again after a failed sync"),
+                Err(_) => {
+                    assert_eq!(catalog.rows(), next, "seed {seed}, step {n}");
+                    failed_appends += 1;
+                    continue;
+                }
+            };
             match rng.next() % 8 {
-                0..=2 => {
-                    catalog.sync(ticket).unwrap();
-                    synced = since.pop().unwrap();
-                    since = vec![synced.clone()];
+                0..=2 => match catalog.sync(ticket) {
+                    Ok(()) => since = vec![since.pop().unwrap()],
+                    Err(_) => {
+                        failed_syncs += 1;
+                        gone = true;
+                    }
+                },
+                3 => gone = true,
+                4 => {
+                    let done = catalog.compact(&mut catalog.inner.lock());
+                    match done {
+                        Ok(()) => since = vec![since.pop().unwrap()],
+                        Err(_) => {
+                            failed_compactions += 1;
+                            gone = catalog.inner.lock().failed || rng.next().is_multiple_of(2);
+                        }
+                    }
                 }
-                3 => {
-                    disk = disk.crash(rng);
-                    catalog = open(&disk);
-                    let found = catalog.rows();
-                    assert!(since.contains(&found), "seed {seed}, step {n}");
-                    found.check().unwrap();
-                    since = vec![found];
-                }
-                4 => catalog
-                    .compact(&mut catalog.inner.lock())
-                    .map(|()| synced = since.last().unwrap().clone())
-                    .unwrap(),
                 _ => {}
             }
-            if synced == *since.last().unwrap() {
-                since = vec![synced.clone()];
+            if gone {
+                let seed_of_cut = rng.next();
+                disk = if rng.next().is_multiple_of(2) { disk.kill() } else { disk.power_cut(seed_of_cut) };
+                catalog = open(&disk);
+                let found = catalog.rows();
+                assert!(since.contains(&found), "seed {seed}, step {n}");
+                found.check().unwrap();
+                since = vec![found];
             }
         }
     }
+    println!("{failed_syncs} {failed_appends} {failed_compactions}");
+    assert!(failed_syncs > 100 && failed_appends > 100 && failed_compactions > 100);
 }
 
 #[test]
 fn a_crash_during_compaction_loses_nothing() {
     for seed in 0..200 {
         let rng = &mut Rng::new(seed);
-        let disk = Arc::new(MemDisk::default());
+        let disk = disk();
         let catalog = open(&disk);
         let last = (0..20)
             .map(|n| catalog.append(&[Change::Put(n + 10, image(&format!("i{n}"), 1, 3))]).unwrap())
             .last();
         catalog.sync(last.unwrap()).unwrap();
-        // Fail somewhere inside.
-        disk.faults.syncs_left.store(1 + rng.next() % 4, Ordering::Relaxed);
+        // It ends somewhere inside.
+        disk.stop_at_call(Some(disk.calls() + 1 + rng.next() % 12));
         let compacted = catalog.compact(&mut catalog.inner.lock());
-        let after = open(&disk.crash(rng));
-        assert_eq!(after.rows(), catalog.rows(), "seed {seed}, {compacted:?}");
+        let after = if seed % 2 == 0 { disk.kill() } else { disk.power_cut(rng.next()) };
+        assert_eq!(open(&after).rows(), catalog.rows(), "seed {seed}, {compacted:?}");
     }
 }
 
 #[test]
 fn the_journal_is_compacted_and_stays_small() {
-    let disk = Arc::new(MemDisk::default());
+    let disk = disk();
     let catalog = open(&disk);
     for n in 0..40_000u64 {
         catalog.append(&[Change::Put(10, image(&format!("name-{n}"), 1, 3))]).unwrap();
     }
     catalog.sync_all().unwrap();
-    let names = disk.file_names();
+    let names: Vec<String> = disk.files().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names.len(), 2, "{names:?}");
-    assert!(disk.content(&names[0]).len() < 2 << 20);
+    assert!(content(&disk, &names[0]).len() < 2 << 20);
     assert_eq!(open(&disk).rows(), catalog.rows());
 }
 
 #[test]
 fn an_unknown_version_is_refused_and_both_versions_named() {
-    let disk = Arc::new(MemDisk::default());
+    let disk = disk();
     drop(open(&disk));
-    disk.flip(FILE, 8);
-    disk.flip(COPY, 8);
-    let error = Catalog::open(disk, &Meta::default()).unwrap_err().to_string();
+    flip(&disk, FILE, 8);
+    flip(&disk, COPY, 8);
+    let error = try_open(&disk).unwrap_err().to_string();
     assert!(error.contains("version 17") && error.contains("reads version 1"), "{error}");
 }
 
 #[test]
 fn damage_below_the_durable_point_is_refused_and_a_torn_tail_is_cut() {
-    let disk = Arc::new(MemDisk::default());
+    let disk = disk();
     let catalog = open(&disk);
-    let start = disk.content(FILE).len();
+    let start = content(&disk, FILE).len();
     for n in 0..5u8 {
         let ticket =
             catalog.append(&[Change::Put(10 + u64::from(n), image(&format!("i{n}"), 1, n))]).unwrap();
         catalog.sync(ticket).unwrap();
     }
     drop(catalog);
-    disk.flip(FILE, start + 30);
-    disk.flip(COPY, start + 30);
-    let error = Catalog::open(disk.clone(), &Meta::default()).unwrap_err();
+    flip(&disk, FILE, start + 30);
+    flip(&disk, COPY, start + 30);
+    let error = try_open(&disk).unwrap_err();
     assert!(matches!(&error, CatalogError::Damaged { .. }), "{error}");
-    disk.flip(FILE, start + 30);
-    disk.flip(COPY, start + 30);
+    flip(&disk, FILE, start + 30);
+    flip(&disk, COPY, start + 30);
     // The last record has nothing after it: it might be torn, and is cut.
-    let len = disk.content(FILE).len();
-    disk.flip(FILE, len - 20);
-    disk.flip(COPY, len - 20);
+    let len = content(&disk, FILE).len();
+    flip(&disk, FILE, len - 20);
+    flip(&disk, COPY, len - 20);
     assert_eq!(open(&disk).rows().rows.len(), 5);
-    assert!(disk.content(FILE).len() < len);
+    assert!(content(&disk, FILE).len() < len);
 }
 
 #[test]
 fn a_flipped_byte_anywhere_in_either_copy_is_repaired() {
-    let disk = Arc::new(MemDisk::default());
+    let disk = disk();
     let catalog = open(&disk);
     for n in 0..5u8 {
         let ticket =
@@ -162,37 +218,37 @@ fn a_flipped_byte_anywhere_in_either_copy_is_repaired() {
     }
     let rows = catalog.rows();
     drop(catalog);
-    let whole = disk.content(FILE);
-    assert_eq!(disk.content(COPY), whole);
+    let whole = content(&disk, FILE);
+    assert_eq!(content(&disk, COPY), whole);
     for at in 0..whole.len() {
         for name in [FILE, COPY] {
-            disk.flip(name, at);
+            flip(&disk, name, at);
             let catalog = open(&disk);
             assert_eq!(catalog.rows(), rows, "{name} byte {at}");
             assert!(!catalog.was_mended() || name == FILE, "{name} byte {at}");
             drop(catalog);
             // Zeros that pad the header or a record belong to no checksum.
-            let same = disk.content(FILE) == disk.content(COPY);
+            let same = content(&disk, FILE) == content(&disk, COPY);
             assert!(same, "{name} byte {at}");
-            if disk.content(FILE) != whole {
-                disk.flip(FILE, at);
-                disk.flip(COPY, at);
+            if content(&disk, FILE) != whole {
+                flip(&disk, FILE, at);
+                flip(&disk, COPY, at);
             }
-            assert_eq!(disk.content(FILE), whole, "{name} byte {at}");
+            assert_eq!(content(&disk, FILE), whole, "{name} byte {at}");
         }
     }
 }
 
 #[test]
 fn a_scrub_writes_a_damaged_catalog_anew() {
-    let disk = Arc::new(MemDisk::default());
+    let disk = disk();
     let catalog = open(&disk);
     catalog.append(&[Change::Put(10, image("a", 1, 1))]).unwrap();
     catalog.sync_all().unwrap();
     assert!(!catalog.scrub().unwrap());
     for name in [FILE, COPY] {
         let name = name.replace("01.cat", &format!("{:02x}.cat", catalog.inner.lock().generation));
-        disk.flip(&name, 70);
+        flip(&disk, &name, 70);
         assert!(catalog.scrub().unwrap() && catalog.was_mended());
         assert!(!catalog.scrub().unwrap());
         assert_eq!(open(&disk).rows(), catalog.rows());
@@ -201,17 +257,27 @@ fn a_scrub_writes_a_damaged_catalog_anew() {
 
 #[test]
 fn a_failed_write_changes_nothing_and_a_failed_sync_latches() {
-    let disk = Arc::new(MemDisk::default());
+    let disk = disk();
     let catalog = open(&disk);
-    disk.faults.writes_left.store(1, Ordering::Relaxed);
-    let error = catalog.append(&[Change::Put(10, image("a", 1, 1))]).unwrap_err();
-    assert!(matches!(&error, CatalogError::Io(e) if e.raw_os_error() == Some(28)), "{error}");
-    assert_eq!(catalog.rows().rows.len(), 1);
-    disk.faults.writes_left.store(0, Ordering::Relaxed);
+    disk.set_capacity_bytes(disk.used_bytes());
+    // Until its last page is full there is room.
+    let mut n = 0;
+    let error = loop {
+        let before = catalog.rows();
+        match catalog.append(&[Change::Put(10 + n, image(&format!("i{n}"), 1, 1))]) {
+            Ok(_) => n += 1,
+            Err(error) => {
+                assert_eq!(catalog.rows(), before);
+                break error;
+            }
+        }
+    };
+    assert!(matches!(&error, CatalogError::Io(e) if e.kind() == io::ErrorKind::StorageFull), "{error}");
+    disk.set_capacity_bytes(1 << 30);
     let ticket = catalog.append(&[Change::Put(10, dir("a", 1))]).unwrap();
-    disk.faults.syncs_left.store(1, Ordering::Relaxed);
+    disk.fail_syncs(true);
     assert!(catalog.sync(ticket).is_err());
-    disk.faults.syncs_left.store(0, Ordering::Relaxed);
+    disk.fail_syncs(false);
     assert!(matches!(catalog.sync(ticket), Err(CatalogError::Latched)));
     assert!(matches!(catalog.append(&[]), Err(CatalogError::Latched)));
 }
@@ -221,8 +287,7 @@ fn a_failed_write_changes_nothing_and_a_failed_sync_latches() {
 #[test]
 fn what_a_failed_sync_was_for_takes_no_later_transaction_with_it() {
     for seed in 0..60 {
-        let disk = SimDisk::new(1 << 30);
-        let open = |disk: &SimDisk| Catalog::open(Arc::new(disk.clone()), &Meta::default()).unwrap();
+        let disk = disk();
         let catalog = open(&disk);
         catalog.append(&[Change::Put(10, dir("a", 1))]).unwrap();
         catalog.sync_all().unwrap();
@@ -245,7 +310,7 @@ fn what_a_failed_sync_was_for_takes_no_later_transaction_with_it() {
 
 #[test]
 fn rows_of_every_kind_round_trip() {
-    let disk = Arc::new(MemDisk::default());
+    let disk = disk();
     let catalog = open(&disk);
     let mut meta = Meta { ctime_ns: 5, ..Meta::default() };
     meta.attrs.mode = 0o2755;

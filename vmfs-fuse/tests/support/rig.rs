@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::backend::MemBackend;
-use crate::disk::MemDisk;
 use vmfs_common::op::Attrs;
 use vmfs_fuse::catalog::{Catalog, Meta};
 use vmfs_fuse::fs::{Fs, Options};
 use vmfs_fuse::mount::{Detached, MountOptions, Mounted, mount};
+use vmfs_store::simdisk::SimDisk;
 
 /// A mount in a directory of its own; everything is gone with it.
 pub(crate) struct Rig {
@@ -33,7 +33,7 @@ impl Rig {
         fs::create_dir(&point).unwrap();
         let backend = Arc::new(MemBackend::default());
         let meta = Meta { attrs: Attrs { mode: 0o755, ..options.root }, ..Meta::default() };
-        let catalog = Catalog::open(Arc::new(MemDisk::default()), &meta).unwrap();
+        let catalog = Catalog::open(Arc::new(SimDisk::new(1 << 30)), &meta).unwrap();
         let fs = Fs::start(backend.clone(), catalog, options).unwrap();
         let mounted = mount(&fs, &MountOptions::new(&point)).unwrap();
         Self { backend, mounted: Some(mounted), point, _dir: dir }

@@ -9,26 +9,26 @@ use crate::catalog::{Catalog, Meta, ROOT_INO};
 use crate::fs::locks::{Lock, LockKind};
 use crate::fs::{Caller, Fs, Made, RenameRule, SetAttr, XattrRule};
 use crate::testbackend::MemBackend;
-use crate::testdisk::{MemDisk, Rng};
+use vmfs_store::simdisk::SimDisk;
 
 const MADE: Made = Made { mode: 0o644, uid: 0, gid: 0 };
 const NOBODY: Caller = Caller { pid: 0 };
 
 struct Rig {
     backend: Arc<MemBackend>,
-    disk: Arc<MemDisk>,
+    disk: SimDisk,
     fs: Arc<Fs<MemBackend>>,
 }
 
 impl Rig {
     fn new() -> Self {
-        let (backend, disk) = (Arc::new(MemBackend::default()), Arc::new(MemDisk::default()));
+        let (backend, disk) = (Arc::new(MemBackend::default()), SimDisk::new(1 << 30));
         let fs = start(&backend, &disk);
         Self { backend, disk, fs }
     }
     fn restart(&mut self) {
         self.fs.close();
-        self.disk = self.disk.crash(&mut Rng::new(7));
+        self.disk = self.disk.power_cut(7);
         self.fs = start(&self.backend, &self.disk);
     }
     fn names(&self, dir: &str) -> Vec<String> {
@@ -192,7 +192,7 @@ fn burials_are_forgotten_when_the_image_is_purged() {
     }
     rig.fs.sync_claims();
     rig.fs.close();
-    let catalog = Catalog::open(rig.disk.clone(), &Meta::default()).unwrap();
+    let catalog = Catalog::open(Arc::new(rig.disk.clone()), &Meta::default()).unwrap();
     assert!(catalog.rows().buried.is_empty(), "{:?}", catalog.rows().buried);
 }
 

@@ -10,7 +10,7 @@ use crate::backend::{Backend, Errno};
 use crate::catalog::{Catalog, Meta, ROOT_INO};
 use crate::fs::{Caller, FileKind, Fs, Made, Options, RenameRule, SetAttr, XattrRule};
 use crate::testbackend::MemBackend;
-use crate::testdisk::{MemDisk, Rng};
+use vmfs_store::simdisk::SimDisk;
 
 const NOBODY: Caller = Caller { pid: 0 };
 const MADE: Made = Made { mode: 0o644, uid: 1, gid: 2 };
@@ -103,7 +103,7 @@ fn split(path: &str) -> (&str, &str) {
 
 struct World {
     backend: Arc<MemBackend>,
-    disk: Arc<MemDisk>,
+    disk: SimDisk,
     fs: Arc<Fs<MemBackend>>,
     model: BTreeMap<String, Node>,
     frozen: bool,
@@ -112,7 +112,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let backend = Arc::new(MemBackend::default());
-        let disk = Arc::new(MemDisk::default());
+        let disk = SimDisk::new(1 << 30);
         let fs = start(&backend, &disk);
         Self { backend, disk, fs, model: BTreeMap::new(), frozen: false }
     }
@@ -368,7 +368,7 @@ impl World {
     fn restart(&mut self, seed: u64) {
         self.fs.close();
         if seed.is_multiple_of(2) {
-            self.disk = self.disk.crash(&mut Rng::new(seed));
+            self.disk = self.disk.power_cut(seed);
         }
         self.fs = start(&self.backend, &self.disk);
     }
@@ -412,8 +412,8 @@ impl World {
     }
 }
 
-pub(super) fn start(backend: &Arc<MemBackend>, disk: &Arc<MemDisk>) -> Arc<Fs<MemBackend>> {
-    let catalog = Catalog::open(disk.clone(), &Meta::default()).unwrap();
+pub(super) fn start(backend: &Arc<MemBackend>, disk: &SimDisk) -> Arc<Fs<MemBackend>> {
+    let catalog = Catalog::open(Arc::new(disk.clone()), &Meta::default()).unwrap();
     Fs::start(backend.clone(), catalog, Options::default()).unwrap()
 }
 
