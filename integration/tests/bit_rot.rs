@@ -207,7 +207,8 @@ fn rot_in_every_kind_of_file_while_the_hosts_were_down_is_repaired() {
         let store = cluster.store(host);
         rot(&cluster, host, 100 + usize::from(host.as_bytes()[0]));
         flip(&store.join("store"), 50);
-        flip(&store.join("meta"), 30);
+        // The number of the first group.
+        flip(&store.join("meta"), 10);
         let catalog = files_below(&store.join("catalog/catalog"));
         flip(catalog.iter().find(|p| p.extension().is_some_and(|e| e == "cat")).unwrap(), 70);
         for map in files_below(&store.join("map")).iter().filter(|p| p.extension().is_none()) {
