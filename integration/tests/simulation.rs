@@ -71,7 +71,7 @@ fn random_clusters_keep_the_promises_and_converge_when_healed() {
 /// silence; pages of a failed sync that were believed; an owner's own Seal between a Root and its Seal; a vote that was
 /// said before it was on the disk; a member that waited for an owner that was none any more; a repair that was not
 /// read back; a removal without its Seal, which its own voters refused; a candidate that gave way to an old offer; acknowledgements
-/// read by another member list; segments without a header that were taken for others.
+/// read by another member list; segments without a header, or with that of an earlier use, that were taken for others.
 #[test]
 fn seeds_that_found_bugs_stay_clean() {
     let seeds = [

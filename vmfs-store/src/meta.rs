@@ -2,8 +2,9 @@
 //! concurrent writers share one device flush.
 //!
 //! The journal is a sequence of numbered groups. Every group is written twice in a row, each copy
-//! in pages of its own, so that neither a torn write nor a lost page takes an older value with it. The first group is
-//! there before the file has its name, so that a journal without it is damaged, and never just new.
+//! in pages of its own, so that neither a torn write nor a lost page takes an older value with it. A new
+//! journal begins with an empty group, in a file of another name that is then renamed: one that is not empty and does not
+//! begin with a group is damaged, and never just new.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

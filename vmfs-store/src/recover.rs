@@ -207,9 +207,10 @@ fn segments_of(
     Ok(segments)
 }
 
-/// Whether a segment that an older checkpoint lists is still what it was. A header in neither copy does not say
-/// that it was used again: then it is, unless somebody lists a later use, if blocks of the content are in it (which
-/// the checkpoint after this one has kept) or its first page is of that use.
+/// Whether a segment that an older checkpoint lists is still what it was. A later generation in its header says that it
+/// was used again. A header in neither copy does not, and one of an earlier use does not either: the disk has lost that of
+/// this one. Then it is, unless somebody lists a later use, if blocks of the content are in it (which the checkpoint after
+/// this one has kept) or its first header page is of this use.
 fn is_still_there(shared: &Shared, row: &SegmentRow, claims: &Claims) -> Result<bool, StoreError> {
     let file = match shared.files.segment(row.no) {
         Ok(file) => file,
@@ -218,7 +219,9 @@ fn is_still_there(shared: &Shared, row: &SegmentRow, claims: &Claims) -> Result<
         }
         Err(e) => return Err(e),
     };
-    if let Some(header) = SegmentHeader::read(row.no, &*file)? {
+    if let Some(header) = SegmentHeader::read(row.no, &*file)?
+        && header.generation >= row.generation
+    {
         return Ok(header.generation == row.generation);
     }
     if claims.get(&row.no).is_some_and(|latest| *latest > row.generation) {

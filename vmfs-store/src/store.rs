@@ -439,8 +439,10 @@ impl Opening {
             let file = shared.disk.open(&file_name(no), false).during(|| format!("opening {name}"))?;
             let header = SegmentHeader::read(no, &*file)?.filter(|h| h.store == shared.store);
             // Still what the checkpoint lists, unless its header says that it has been used again.
-            let listed = perhaps.range((no, 0)..=(no, u64::MAX)).next().is_some();
-            if listed && header.as_ref().is_none_or(|h| own.contains(&(no, h.generation))) {
+            let listed = perhaps.range((no, 0)..=(no, u64::MAX)).next_back();
+            let is_kept =
+                |h: &SegmentHeader, listed: u64| h.generation < listed || own.contains(&(no, h.generation));
+            if listed.is_some_and(|(_, listed)| header.as_ref().is_none_or(|h| is_kept(h, *listed))) {
                 continue;
             }
             match header {

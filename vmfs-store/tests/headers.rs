@@ -14,6 +14,8 @@ use vmfs_store::disk::Disk as _;
 use vmfs_store::simdisk::SimDisk;
 use vmfs_store::{ImageStore, StoreConfig};
 
+const OTHER: ImageId = ImageId::from_bytes([5; 16]);
+
 /// One whole scrub.
 fn scrub(image: &Arc<ImageStore>) {
     assert!(image.begin_scrub().step(u64::MAX).unwrap().finished);
@@ -38,17 +40,66 @@ fn segments(disk: &SimDisk) -> Vec<String> {
     disk.files().into_iter().map(|(name, _)| name).filter(|name| name.starts_with("seg/")).collect()
 }
 
-fn lose_header(disk: &SimDisk, name: &str) {
-    disk.open(name, false).unwrap().write_at(&[0; 8192], 0).unwrap();
+/// What a disk that has lost the write of a header has there.
+#[derive(Debug, Clone, Copy)]
+enum Instead {
+    Nothing,
+    /// The header of an earlier use, by this image.
+    Earlier(ImageId),
+}
+
+const INSTEAD: [Instead; 3] = [Instead::Nothing, Instead::Earlier(IMAGE), Instead::Earlier(OTHER)];
+
+fn lose_header(disk: &SimDisk, name: &str, instead: Instead) {
+    let file = disk.open(name, false).unwrap();
+    let mut page = vec![0; 4096];
+    if let Instead::Earlier(image) = instead {
+        // docs/disk-format.md: image and generation, and the checksum at the end.
+        file.read_at(&mut page, 0).unwrap();
+        page[32..48].copy_from_slice(image.as_bytes());
+        page[48..56].fill(0);
+        let crc = crc32c::crc32c(&page[..4092]);
+        page[4092..].copy_from_slice(&crc.to_le_bytes());
+    }
+    file.write_at(&[page.as_slice(), &page].concat(), 0).unwrap();
+}
+
+fn each_way(names: &[String]) -> impl Iterator<Item = (&str, u64, Instead)> {
+    names
+        .iter()
+        .flat_map(|name| [0, 1].into_iter().flat_map(move |slot| INSTEAD.map(|i| (name.as_str(), slot, i))))
 }
 
 fn lose_superblock(disk: &SimDisk, slot: u64) {
     assert!(disk.flip_bit(&format!("map/{IMAGE}"), slot * 4096 + 50, 1));
 }
 
+/// The image goes on after a restart, gives back what it no longer needs, and takes every segment that is not in use; half
+/// of it stays as it is.
+/// False when it has begun with an earlier update than the last.
+fn gone_on(rig: &Rig, disk: SimDisk) -> (Rig, bool) {
+    let store = open(&disk, rig.cfg.clone()).unwrap();
+    let image = store.image(IMAGE).unwrap();
+    let whole = image.head() == rig.model.head();
+    let (maker, model) = (Maker::genesis(IMAGE).0, rig.model.clone());
+    let mut copy = Rig { disk, store, image, maker, model, cfg: rig.cfg.clone() };
+    let epoch = copy.maker.next_epoch(2, &copy.image.state().tip);
+    common::append(&copy.image, &epoch, &[]).unwrap();
+    copy.model.push(&epoch, &[], |_| {});
+    for i in 0..30 {
+        copy.write(i % 4, &[i + 7]);
+        copy.image.set_commit(copy.image.sync().unwrap().seq);
+        copy.image.checkpoint().unwrap();
+    }
+    for i in 0..34 {
+        copy.write(i * 20 % 340, &[i + 100; 20]);
+    }
+    (copy, whole)
+}
+
 /// The disk never wrote the first page of a segment, and one of the checkpoints is damaged, too: a segment without a header
 /// was taken for one that is used for something else, and the content was without its blocks.
-/// Found by the simulator (seed 7030053).
+/// Found by the simulator (seed 7030053; with the header of an earlier use there, 11091771).
 #[test]
 fn the_blocks_of_a_segment_are_not_lost_with_its_header_and_a_superblock() {
     // With the log, and with segments that are kept for their blocks alone.
@@ -57,13 +108,14 @@ fn the_blocks_of_a_segment_are_not_lost_with_its_header_and_a_superblock() {
         let rig = with_two_checkpoints(cfg.clone());
         let segments = segments(&rig.disk);
         assert!(segments.len() > 3, "{segments:?}");
-        for (name, slot) in segments.iter().flat_map(|name| [(name, 0), (name, 1)]) {
+        for (name, slot, instead) in each_way(&segments) {
             let disk = rig.disk.kill();
-            lose_header(&disk, name);
+            lose_header(&disk, name, instead);
             lose_superblock(&disk, slot);
+            let damaged = disk.kill();
             let store = open(&disk, cfg.clone()).unwrap();
             let image = store.image(IMAGE).unwrap();
-            assert_eq!(image.head(), rig.model.head(), "{name} and superblock {slot}");
+            assert_eq!(image.head(), rig.model.head(), "{name}, superblock {slot}, {instead:?}");
             rig.model.check(&image);
             scrub(&image);
             assert_eq!(image.rot().open, [format!("header of {name}")]);
@@ -71,6 +123,9 @@ fn the_blocks_of_a_segment_are_not_lost_with_its_header_and_a_superblock() {
             assert_eq!((report.bad_blocks.len(), report.bad_updates.len()), (0, 0), "{name}: {report:?}");
             let again = open(&disk.kill(), cfg.clone()).unwrap();
             rig.model.check(&again.image(IMAGE).unwrap());
+            let (copy, whole) = gone_on(&rig, damaged);
+            assert!(whole);
+            copy.model.check(&copy.image);
         }
     }
 }
@@ -101,8 +156,6 @@ fn blocks_are_read_without_the_header_and_the_first_header_page_of_their_segment
     assert!(read > 3, "{read}");
 }
 
-const OTHER: ImageId = ImageId::from_bytes([5; 16]);
-
 /// Two images in one store: what the one leaves, the other takes.
 struct Two {
     rig: Rig,
@@ -127,32 +180,17 @@ impl Two {
         common::append(&self.other, &u, &payload).unwrap();
         self.model.push(&u, &payload, |m| m[start as usize] = fill);
     }
-    /// The first image goes on after a restart, and gives back what it no longer needs. Then both are whole. False when it
-    /// has lost something with the damage, as it may.
+    /// Both are whole after a restart, when the first image goes on. False when it has lost something with the damage, as
+    /// it may.
     fn both_are_whole(&self, disk: SimDisk) -> bool {
-        let store = open(&disk, self.rig.cfg.clone()).unwrap();
-        let (image, other) = (store.image(IMAGE).unwrap(), store.image(OTHER).unwrap());
-        let lost = image.head() != self.rig.model.head();
-        let (maker, model) = (Maker::genesis(IMAGE).0, self.rig.model.clone());
-        let mut copy = Rig { disk, store, image, maker, model, cfg: self.rig.cfg.clone() };
-        let epoch = copy.maker.next_epoch(2, &copy.image.state().tip);
-        common::append(&copy.image, &epoch, &[]).unwrap();
-        copy.model.push(&epoch, &[], |_| {});
-        for i in 0..30 {
-            copy.write(i % 4, &[i + 7]);
-            copy.image.set_commit(copy.image.sync().unwrap().seq);
-            copy.image.checkpoint().unwrap();
-        }
-        // Every segment that is not in use is, now.
-        for i in 0..34 {
-            copy.write(i * 20, &[i + 100; 20]);
-        }
-        if !lost {
+        let (copy, whole) = gone_on(&self.rig, disk);
+        if whole {
             copy.model.check(&copy.image);
         }
+        let other = copy.store.image(OTHER).unwrap();
         assert_eq!(other.head(), self.model.head());
         self.model.check(&other);
-        !lost
+        whole
     }
 }
 
@@ -184,10 +222,9 @@ fn a_segment_without_a_header_belongs_to_its_latest_use() {
         two.rig.image.set_commit(two.rig.image.sync().unwrap().seq);
         two.other.set_commit(two.other.sync().unwrap().seq);
         two.other.checkpoint().unwrap();
-        for (name, slot) in used_again(&before, &two.rig.disk).iter().flat_map(|name| [(name, 0), (name, 1)])
-        {
+        for (name, slot, instead) in each_way(&used_again(&before, &two.rig.disk)) {
             let disk = two.rig.disk.kill();
-            lose_header(&disk, name);
+            lose_header(&disk, name, instead);
             lose_superblock(&disk, slot);
             whole += usize::from(two.both_are_whole(disk));
         }
@@ -228,7 +265,7 @@ fn a_segment_without_a_header_is_not_taken_from_who_lists_a_later_use() {
                 }
                 disk.open(&map, false).unwrap().write_at(&bytes, 0).unwrap();
             }
-            lose_header(&disk, &name);
+            lose_header(&disk, &name, INSTEAD[cases as usize % 3]);
             lose_superblock(&disk, cases % 2);
             two.both_are_whole(disk);
             cases += 1;
@@ -266,7 +303,7 @@ fn a_segment_without_a_header_that_may_be_an_unopenable_images_is_left_alone() {
     let mut used = 0;
     for name in segments(&rig.disk) {
         let damaged = rig.disk.kill();
-        lose_header(&damaged, &name);
+        lose_header(&damaged, &name, Instead::Nothing);
         let read = |disk: &SimDisk| {
             let len = disk.files().into_iter().find(|(n, _)| *n == name).map_or(0, |(_, len)| len);
             let mut bytes = vec![0; len as usize];

@@ -73,12 +73,11 @@ impl Scrub {
         self.stage = Stage::Described(from);
         let content = image.map.read().content.clone();
         let missed = |entry: &Entry| {
-            let name = file_name(entry.segment_no());
             let Some(seg) = content.segments.get(&entry.segment_no()) else {
-                return Some(format!("blocks in {name}, which is missing"));
+                return Some(format!("blocks in {}, which is missing", file_name(entry.segment_no())));
             };
             let (_, reach) = self.reached.0.get(&seg.no).filter(|(g, _)| *g == seg.generation)?;
-            reach.lacks(entry.page()).then(|| format!("description of blocks in {name}"))
+            reach.lacks(entry.page()).then(|| format!("description of blocks in {}", file_name(seg.no)))
         };
         let (mut read, mut stopped) = (0, None);
         let walked = content.for_each(&image.shared, from..BLOCKS_MAX, |start, entries| {
